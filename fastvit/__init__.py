@@ -1,0 +1,19 @@
+"""Vision Transformers on Triton kernels: the same weights and outputs, checked."""
+
+from fastvit import numerics, ops
+from fastvit.accelerate import Plan, accelerate, explain, restore
+from fastvit.models import create_model
+from fastvit.variants import list_models
+from fastvit.vit import VisionTransformer
+
+__all__ = [
+    "Plan",
+    "VisionTransformer",
+    "accelerate",
+    "create_model",
+    "explain",
+    "list_models",
+    "numerics",
+    "ops",
+    "restore",
+]

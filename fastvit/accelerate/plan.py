@@ -1,0 +1,170 @@
+"""What of a model runs on our kernels, and why the rest does not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastvit.kernels import _library
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+PRECISION = "fastvit_precision"  # attribute of a ViT that was given a precision
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One module: what it runs once accelerated."""
+
+    module: str  # its name in the model
+    type: str  # its class in the library that it comes from
+    fused: bool
+    runs: str  # our ops, or the library whose own forward runs
+    reason: str | None  # for falling back to that
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that a library's file knows: the class `accelerate` gives it, and its row."""
+
+    module: nn.Module
+    fast: type[nn.Module] | None  # None: it stays as it is
+    row: PlanRow | None  # None: the whole model, whose parts have rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `explain` prints.
+
+    Attributes:
+        rows: one for every module that could be fused or that stands where such a one might.
+        accelerated: whether all that can be fused has been; otherwise the rows say what
+            `accelerate` would do.
+        backend: what runs the ops on the model's device, Triton or plain PyTorch, and why.
+        note: why there are no rows, if so.
+    """
+
+    rows: tuple[PlanRow, ...]
+    accelerated: bool
+    backend: str
+    note: str | None
+
+    @property
+    def fused_blocks(self) -> list[str]:
+        """Names of the encoder blocks that are fused."""
+        return [row.module for row in self.rows if row.type.endswith("Block") and row.fused]
+
+    @property
+    def left_blocks(self) -> list[str]:
+        """Names of the encoder blocks that are not."""
+        return [row.module for row in self.rows if row.type.endswith("Block") and not row.fused]
+
+    @property
+    def fully_fused(self) -> bool:
+        """Whether there are rows and all of them are fused."""
+        return bool(self.rows) and all(row.fused for row in self.rows)
+
+    def to_json(self) -> str:
+        """The fields and the three properties as a JSON object."""
+        derived = {
+            "fused_blocks": self.fused_blocks,
+            "left_blocks": self.left_blocks,
+            "fully_fused": self.fully_fused,
+        }
+        return json.dumps(asdict(self) | derived, indent=2)
+
+    def table(self) -> Table:
+        """For rich to print; neighbours that differ in their number only share a line."""
+        from rich.table import Table
+
+        state = "" if self.accelerated else " by accelerate(model), not called yet"
+        count = f"{len(self.fused_blocks)} of {len(self.fused_blocks + self.left_blocks)} blocks"
+        table = Table(
+            title=f"fastvit: {count} fused{state}",
+            caption=f"the ops run as: {self.backend}",
+        )
+        for column in ("module", "type", "what runs", "reason for falling back"):
+            table.add_column(column, overflow="fold", no_wrap=column == "type")
+        for row in _grouped(self.rows):
+            table.add_row(row.module or "(model)", row.type, row.runs, row.reason or "")
+        return table
+
+
+def _grouped(rows: tuple[PlanRow, ...]) -> list[PlanRow]:
+    """``blocks.0``, ``blocks.1``, ... as one ``blocks.0-11`` where all else is equal."""
+
+    def run(indexed: tuple[int, PlanRow]) -> tuple[str, int, PlanRow]:
+        index, row = indexed
+        stem = row.module.rstrip("0123456789")
+        number = row.module[len(stem) :]
+        # along a run of consecutive numbers the difference stays the same
+        return stem, int(number or 0) - index, replace(row, module="")
+
+    lines: list[PlanRow] = []
+    for (stem, _, row), members in itertools.groupby(enumerate(rows), run):
+        names = [member.module for _, member in members]
+        last = f"-{names[-1][len(stem) :]}" if len(names) > 1 else ""
+        lines.append(replace(row, module=names[0] + last))
+    return lines
+
+
+def check_module(model: object) -> None:
+    """Raises a TypeError for what is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+
+
+def find_parts(model: nn.Module) -> list[Part]:
+    """What the files of all libraries know inside `model`; a TypeError for no nn.Module."""
+    check_module(model)
+    if "timm" not in sys.modules:  # then no module can be timm's
+        return []
+    from fastvit.accelerate.timm import find
+
+    return find(model)
+
+
+def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
+    """The plan of `parts`, which `find_parts` gave for `model`."""
+    rows = tuple(part.row for part in parts if part.row is not None)
+    fast = [part for part in parts if part.fast is not None]
+    note = None
+    if not parts:
+        note = f"no block of a known library (timm) in this {type(model).__name__}"
+    return Plan(
+        rows=rows,
+        accelerated=bool(fast) and all(type(part.module) is part.fast for part in fast),
+        backend=_backend(model),
+        note=note,
+    )
+
+
+def gpu_obstacle(model: nn.Module) -> str | None:
+    """Why Triton cannot run although the model is on a GPU."""
+    device = _device_type(model)
+    return _library.gpu_problem() if device == "cuda" else None
+
+
+def _device_type(model: nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    return "cpu" if parameter is None else parameter.device.type
+
+
+def _backend(model: nn.Module) -> str:
+    path = _library.current_path()
+    if path == "torch":
+        return "plain PyTorch, as FASTVIT_BACKEND=torch asks"
+    if path == "interpret":
+        return "Triton in its interpreter, as TRITON_INTERPRET=1 asks"
+    device = _device_type(model)
+    if device != "cuda":
+        return f"plain PyTorch: the model is on {device}"
+    problem = _library.gpu_problem()
+    return "Triton" if problem is None else f"plain PyTorch: {problem}"

@@ -1,0 +1,179 @@
+"""Interleaved timing of contenders, and the roof of the machine they run on.
+
+Times are seconds. On a GPU they come from CUDA events, on a CPU from a wall clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+OURS = "fastvit"
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and spread of one contender, in seconds."""
+
+    median: float
+    p10: float
+    p90: float
+    rounds: int
+
+
+@dataclass
+class Race:
+    """Contenders timed in turns on one job; a contender is in `timings` or in `failed`."""
+
+    timings: dict[str, Timing] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # reason
+    first_call: dict[str, float] = field(default_factory=dict)  # seconds, compilation included
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # GPU memory above what was held
+
+    @property
+    def fastest_peer(self) -> str | None:
+        """The peer of the least median, None if no peer was timed."""
+        peers = {name: timing.median for name, timing in self.timings.items() if name != OURS}
+        return min(peers, key=peers.__getitem__, default=None)
+
+    @property
+    def speedup(self) -> float | None:
+        """Our speed over the fastest peer's."""
+        if OURS not in self.timings or self.fastest_peer is None:
+            return None
+        return self.timings[self.fastest_peer].median / self.timings[OURS].median
+
+
+def race(
+    functions: Mapping[str, Work], *, budget_s: float, min_rounds: int, device: torch.device,
+    cold: bool = False,
+) -> Race:  # fmt: skip
+    """First calls, peak memory and `interleaved` times of whatever runs.
+
+    A contender whose first call raises (no C++ compiler, no kernel for a shape, ...) is listed with
+    the reason.
+    """
+    result = Race()
+    ready: dict[str, Work] = {}
+    for name, function in functions.items():
+        try:
+            result.first_call[name] = _seconds(function, device)
+        except Exception as error:
+            result.failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            continue
+        ready[name] = function
+        if device.type == "cuda":
+            result.peak_bytes[name] = _peak_bytes(function, device)
+    if ready:
+        result.timings = interleaved(
+            ready, budget_s=budget_s, min_rounds=min_rounds, device=device, cold=cold
+        )
+    return result
+
+
+def interleaved(
+    functions: Mapping[str, Work],
+    *,
+    budget_s: float,
+    min_rounds: int,
+    device: torch.device,
+    cold: bool = False,
+) -> dict[str, Timing]:
+    """Call every function once a round, starting one further each round, after a warm-up round.
+
+    Args:
+        functions: contenders; each call does the whole job (see `rotating` for fresh inputs).
+        budget_s: seconds to spend, all functions together.
+        min_rounds: at least as many rounds, whatever the budget.
+        device: what the functions run on.
+        cold: on a GPU, overwrite its cache before each call. That also queues work ahead of the
+            call, so that the time is the GPU's own and launching hides behind it; without it the
+            GPU is idle before each call and the time is what a caller waits.
+
+    Returns:
+        A `Timing` for each name.
+    """
+    if not functions:
+        raise ValueError("there is nothing to time")
+    names = list(functions)
+    scratch = _scratch(device) if cold and device.type == "cuda" else None
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        _seconds(functions[name], device, scratch)
+    start = time.perf_counter()
+    done = 0
+    while done < min_rounds or time.perf_counter() - start < budget_s:
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_seconds(functions[name], device, scratch))
+        done += 1
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def summary(samples: list[float]) -> Timing:
+    """Median and 10th and 90th percentile."""
+    p10, median, p90 = (float(value) for value in np.percentile(samples, (10, 50, 90)))
+    return Timing(median, p10, p90, len(samples))
+
+
+def rotating(function: Callable[..., object], inputs: Iterable[Mapping[str, object]]) -> Work:
+    """`function` on the next of `inputs` at each call, so that no call finds its own in a cache."""
+    turns = itertools.cycle(inputs)
+    return lambda: function(**next(turns))
+
+
+def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine reaches now: FLOP/s of a large matmul, bytes/s of a large copy."""
+    side, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved(
+        {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)},
+        budget_s=1.0,
+        min_rounds=5,
+        device=device,
+    )
+    return {
+        "matmul_side": side,
+        "matmul_flops_per_s": 2 * side**3 / times["matmul"].median,
+        "copy_bytes": size,
+        "copy_bytes_per_s": 2 * size / times["copy"].median,  # read and written
+    }
+
+
+def _seconds(function: Work, device: torch.device, scratch: torch.Tensor | None = None) -> float:
+    """Time of one call, the device idle before it or busy clearing its cache."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if scratch is not None:
+        scratch.zero_()
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _scratch(device: torch.device) -> torch.Tensor:
+    """Several times the size of any GPU's cache, and some 100 microseconds to clear."""
+    return torch.empty(2**29, dtype=torch.uint8, device=device)
+
+
+def _peak_bytes(function: Work, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

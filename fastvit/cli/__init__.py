@@ -1,0 +1,1 @@
+"""The `fastvit` command, one file a subcommand."""

@@ -1,0 +1,107 @@
+"""`fastvit doctor`: what this machine uses, and why."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fastvit.cli._shared import console, print_json
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Say which path ops take on this machine and why; list versions, GPU and tuning tables."""
+    facts = diagnosis()
+    if as_json:
+        print_json(facts)
+    else:
+        _print(facts)
+
+
+def diagnosis() -> dict[str, Any]:
+    """The environment, the path of CPU and GPU tensors with its reason, and the tuning tables."""
+    from fastvit.environment import environment
+
+    facts = environment()
+    try:
+        paths = {"cpu": path_taken("cpu"), "gpu": path_taken("gpu")}
+    except ValueError as error:  # FASTVIT_BACKEND holds no known name
+        paths = {kind: ("none", str(error)) for kind in ("cpu", "gpu")}
+    return {
+        "environment": facts,
+        "paths": {kind: {"path": path, "reason": why} for kind, (path, why) in paths.items()},
+        "tuning_tables": tuning_tables(facts["gpu_arch"]),
+    }
+
+
+def path_taken(kind: str) -> tuple[str, str]:
+    """``triton``, ``interpret``, ``torch`` or ``none``, and why our ops take it on `kind`, ``cpu``
+    or ``gpu`` tensors.
+
+    Raises:
+        ValueError: FASTVIT_BACKEND holds no known name.
+    """
+    from fastvit.kernels._library import current_path, gpu_problem
+
+    path = current_path()
+    problem = gpu_problem()
+    if path == "torch":
+        return "torch", "FASTVIT_BACKEND=torch"
+    if path == "interpret":
+        return "interpret", "TRITON_INTERPRET=1: slow, to check numbers only"
+    if kind == "gpu" and problem is None:
+        return "triton", "Triton runs on this GPU"
+    why = problem if kind == "gpu" else "Triton needs a GPU, or TRITON_INTERPRET=1"
+    if path == "triton":
+        return "none", f"FASTVIT_BACKEND=triton, but {why}"
+    return "torch", str(why)
+
+
+def tuning_tables(arch: str | None) -> list[dict[str, Any]]:
+    """Every table in the package, and whether a GPU of `arch` reads it."""
+    from fastvit.environment import PACKAGE
+    from fastvit.kernels import _tuning
+
+    tables = []
+    for path in sorted((PACKAGE / "kernels").glob("*/tuning/*.json")):
+        op = path.parts[-3]
+        rows = len(_tuning.load_table(op, path.stem))
+        used = arch is not None and _tuning.nearest_table(op, arch) == path.stem
+        tables.append({"op": op, "arch": path.stem, "rows": rows, "used_here": used})
+    return tables
+
+
+def _print(facts: dict[str, Any]) -> None:
+    environment = facts["environment"]
+    table = Table("", "this machine", title="fastvit doctor", show_header=False)
+    for kind in ("cpu", "gpu"):
+        taken = facts["paths"][kind]
+        table.add_row(f"ops on {kind.upper()} tensors", f"{taken['path']}: {taken['reason']}")
+    table.add_section()
+    for name, value in environment.items():
+        if name != "date":
+            table.add_row(
+                name, "not set" if name.isupper() and value is None else _text(name, value)
+            )
+    table.add_section()
+    for op in sorted({entry["op"] for entry in facts["tuning_tables"]}):
+        entries = [entry for entry in facts["tuning_tables"] if entry["op"] == op]
+        names = (
+            f"{entry['arch']} ({entry['rows']} rows{', used here' * entry['used_here']})"
+            for entry in entries
+        )
+        table.add_row(f"tuning of {op}", ", ".join(names))
+    console().print(table)
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if name == "gpu_memory":
+        return f"{value / 2**30:.1f} GiB"
+    if name == "gpu_shared_memory":
+        return f"{value / 2**10:.0f} KiB a block"
+    return str(value)

@@ -1,0 +1,27 @@
+"""`fastvit`: every command is a function in a file of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from fastvit.cli.bench import bench
+from fastvit.cli.demo import demo
+from fastvit.cli.doctor import doctor
+from fastvit.cli.list import list_models
+from fastvit.cli.numerics import numerics
+
+app = typer.Typer(
+    name="fastvit",
+    help="Vision Transformers on Triton kernels: run them, check them, time them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo)
+app.command()(numerics)
+app.command()(bench)
+app.command("list")(list_models)
+app.command()(doctor)
+
+if __name__ == "__main__":
+    app()

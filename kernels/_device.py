@@ -1,0 +1,42 @@
+"""What hardware a tensor lives on: architecture, multiprocessors, shared memory. Lazy, never at
+import."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+# bytes of shared memory one block may use
+SHARED_MEMORY = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "gfx942": 65_536}
+
+
+_emulated = "sm90"
+
+
+def architecture(device: torch.device) -> str:
+    """``sm80``, ``sm90``, ``sm100``, ``gfx942``, ... of a GPU. A tensor elsewhere (interpreter,
+    offline compile) gets the tiles of `emulate`, by default sm90's, so that what is tested without
+    a GPU is what runs on one."""
+    return _architecture(device.index) if device.type == "cuda" else _emulated
+
+
+@contextlib.contextmanager
+def emulate(arch: str) -> Iterator[None]:
+    """Give tensors that are on no GPU the tiles of `arch`."""
+    global _emulated
+    before, _emulated = _emulated, arch
+    try:
+        yield
+    finally:
+        _emulated = before
+
+
+@functools.cache
+def _architecture(index: int | None) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm{major}{minor}"

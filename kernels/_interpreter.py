@@ -1,0 +1,113 @@
+"""bfloat16 under Triton's interpreter.
+
+The interpreter keeps bfloat16 as 16 raw bits and computes on those bits, so products and sums come
+out as garbage and conversions truncate. Here bfloat16 values are widened to float32 for every
+operation and rounded back to nearest even, which is what a GPU does. Tested bit by bit in
+`tests/test_interpreter.py`; kernels never import this.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to nearest even bfloat16, as bits (uint16); NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _is_bf16(value: Any) -> bool:
+    return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+
+
+def _wide(value: Any) -> Any:
+    return TensorHandle(widen(value.data), tl.float32) if _is_bf16(value) else value
+
+
+def _through_float32(method: Any) -> Any:
+    """`method` on float32 copies of its bfloat16 operands; a bfloat16 result if all floats were."""
+
+    @functools.wraps(method)
+    def wrapped(self: InterpreterBuilder, *args: Any, **kwargs: Any) -> Any:
+        if not any(_is_bf16(arg) for arg in args):
+            return method(self, *args, **kwargs)
+        result = method(self, *map(_wide, args), **kwargs)
+        if isinstance(result, TensorHandle) and result.data.dtype == np.float32:
+            return TensorHandle(narrow(result.data), tl.bfloat16)
+        return result
+
+    return wrapped
+
+
+def _cast(original: Any) -> Any:
+    @functools.wraps(original)
+    def cast_impl(self: InterpreterBuilder, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target:
+            return TensorHandle(src.data, target)
+        if source == tl.bfloat16:
+            return cast_impl(self, TensorHandle(widen(src.data), tl.float32), dst_type)
+        if target == tl.bfloat16:
+            return TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
+        return original(self, src, dst_type)
+
+    return cast_impl
+
+
+def _fp_to_fp(original: Any, cast_impl: Any) -> Any:
+    @functools.wraps(original)
+    def create_fp_to_fp(
+        self: InterpreterBuilder, src: TensorHandle, dst_type: Any, mode: Any
+    ) -> TensorHandle:
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            return cast_impl(self, src, dst_type)
+        return original(self, src, dst_type, mode)
+
+    return create_fp_to_fp
+
+
+def _dot(original: Any) -> Any:
+    @functools.wraps(original)
+    def create_dot(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle,
+        input_precision: Any, max_num_imprecise_acc: Any,
+    ) -> TensorHandle:  # fmt: skip
+        # products of bfloat16 are exact in float32, which also holds the sum
+        return original(self, _wide(a), _wide(b), d, input_precision, max_num_imprecise_acc)
+
+    return create_dot
+
+
+@functools.cache
+def install_bfloat16() -> None:
+    """Teach this process's interpreter bfloat16. Does nothing the second time."""
+    builder: Any = InterpreterBuilder
+    cast_impl = _cast(builder.cast_impl)
+    builder.cast_impl = cast_impl
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(builder, name, cast_impl)
+    builder.create_fp_to_fp = _fp_to_fp(builder.create_fp_to_fp, cast_impl)
+    builder.get_bf16 = lambda self, value: TensorHandle(narrow(np.float32([value])), tl.bfloat16)
+    builder.create_dot = _dot(builder.create_dot)
+    for name in (
+        "create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_frem", "create_fneg",
+        "create_fma", "create_minimumf", "create_maximumf", "create_minnumf", "create_maxnumf",
+        "create_fcmpOLT", "create_fcmpOGT", "create_fcmpOLE", "create_fcmpOGE", "create_fcmpOEQ",
+        "create_fcmpONE", "create_fcmpULT", "create_fcmpUGT", "create_fcmpULE", "create_fcmpUGE",
+        "create_fcmpUEQ", "create_fcmpUNE", "create_exp", "create_exp2", "create_log",
+        "create_log2", "create_sqrt", "create_fabs", "create_erf", "create_rsqrt",
+    ):  # fmt: skip
+        if hasattr(builder, name):
+            setattr(builder, name, _through_float32(getattr(builder, name)))

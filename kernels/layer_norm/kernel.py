@@ -1,0 +1,41 @@
+"""Layer norm and RMS norm, BLOCK_M whole rows per program. Legend: M rows, D width."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def layer_norm_kernel(
+    x_ptr,  # [M, D]
+    weight_ptr,  # [D] or None
+    bias_ptr,  # [D] or None
+    y_ptr,  # [M, D]
+    M,
+    D,
+    stride_xm,
+    stride_xd,
+    stride_ym,
+    EPS: tl.constexpr,
+    CENTER: tl.constexpr,  # subtract the mean: layer norm; else RMS norm
+    ACC: tl.constexpr,  # dtype of the statistics
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # power of two, at least D
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    in_row = cols[None, :] < D
+    inside = (rows[:, None] < M) & in_row
+    # [BLOCK_M, BLOCK_N]
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xd
+    x = tl.load(x_ptrs, mask=inside, other=0.0).to(ACC)
+    if CENTER:
+        # two passes over registers: the mean first, then centred squares
+        x = tl.where(in_row, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
+    variance = tl.sum(x * x, axis=1) / D
+    y = x * (1.0 / tl.sqrt(variance + EPS))[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0)[None, :].to(ACC)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols, mask=cols < D, other=0.0)[None, :].to(ACC)
+    y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,130 @@
+"""`layer_norm` and `rms_norm`: launcher, registration, public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvit.kernels._checks import check_same_dtype, check_shape, check_tensors
+from fastvit.kernels._device import architecture
+from fastvit.kernels._library import define_op, launch, uses_triton
+from fastvit.kernels._tuning import cdiv, lookup
+from fastvit.kernels.layer_norm.reference import layer_norm_reference, rms_norm_reference
+
+MAX_WIDTH = 16384  # a row has to stay in registers
+
+
+def _launch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool
+) -> Tensor:
+    import triton.language as tl
+
+    from fastvit.kernels.layer_norm.kernel import layer_norm_kernel
+
+    d = x.shape[-1]
+    y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        return y
+    x2 = x.reshape(-1, d)
+    m = x2.shape[0]
+    width = 1 << (d - 1).bit_length()
+    tile = lookup("layer_norm", architecture(x.device), x.dtype, M=m, D_POW2=width)
+    launch(
+        layer_norm_kernel,
+        cdiv(m, tile.BLOCK_M),
+        tile,
+        x_ptr=x2,
+        weight_ptr=None if weight is None else weight.contiguous(),
+        bias_ptr=None if bias is None else bias.contiguous(),
+        y_ptr=y,
+        M=m,
+        D=d,
+        stride_xm=x2.stride(0),
+        stride_xd=x2.stride(1),
+        stride_ym=d,
+        EPS=eps,
+        CENTER=center,
+        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=width,
+    )
+    return y
+
+
+def _launch_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _launch(x, weight, bias, eps, center=True)
+
+
+def _launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return _launch(x, weight, None, eps, center=False)
+
+
+def _no_flops(*shapes: object) -> int:
+    return 0  # no products of matrices, as PyTorch's own counter counts norms
+
+
+_layer_norm = define_op(
+    "layer_norm",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps)",
+    launch=_launch_layer_norm,
+    eager=layer_norm_reference,
+    fake=lambda x, *rest: x.new_empty(x.shape),
+    flops=_no_flops,
+    autocast=("x", "weight", "bias"),
+    autocast_dtype=torch.float32,
+)
+
+_rms_norm = define_op(
+    "rms_norm",
+    "(Tensor x, Tensor? weight, float eps)",
+    launch=_launch_rms_norm,
+    eager=rms_norm_reference,
+    fake=lambda x, *rest: x.new_empty(x.shape),
+    flops=_no_flops,
+    autocast=("x", "weight"),
+    autocast_dtype=torch.float32,
+)
+
+
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    check_tensors(op, x, weight=weight, bias=bias)
+    check_same_dtype(op, x, weight=weight, bias=bias)
+    if x.dim() < 1 or not 0 < x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{op}: x {list(x.shape)} needs a last dimension from 1 to {MAX_WIDTH}")
+    check_shape(op, "weight", weight, x.shape[-1])
+    check_shape(op, "bias", bias, x.shape[-1])
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
+
+    Statistics are in float32 (float64 for float64 input), from centred values.
+
+    Args:
+        x: [..., D], D up to 16384.
+        weight: [D] or None for ones.
+        bias: [D] or None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        Contiguous [..., D] of x's dtype; float32 under autocast.
+
+    Raises:
+        TypeError: a dtype that is not floating, or weight or bias of another dtype than x.
+        ValueError: shapes or devices that do not fit.
+
+    Source: arXiv:1607.06450, equation 4.
+    """
+    _check("layer_norm", x, weight, bias)
+    op = _layer_norm if uses_triton(x) else layer_norm_reference
+    return op(x, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Arguments, result and errors as in `layer_norm`. Source: arXiv:1910.07467, equation 4.
+    """
+    _check("rms_norm", x, weight, None)
+    op = _rms_norm if uses_triton(x) else rms_norm_reference
+    return op(x, weight, eps)

@@ -1,0 +1,86 @@
+"""Cases, FLOPs and bytes of `patch_embed`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastvit.kernels._spec import Case, Draw, OpSpec
+from fastvit.kernels.patch_embed.op import patch_embed
+from fastvit.kernels.patch_embed.reference import patch_embed_reference
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _case(
+    name: str,
+    b: int,
+    size: tuple[int, int],
+    patch: int,
+    d: int,
+    *,
+    prefix: int = 1,
+    pos: str = "all",
+    pixels: str = "float",
+    channels_last: bool = False,
+) -> Case:
+    height, width = size
+    patches = (height // patch) * (width // patch)
+
+    def make(draw: Draw) -> dict[str, Any]:
+        images = draw(b, 3, height, width)
+        if pixels != "float":
+            images = (images * 64 + 128).clamp(0, 255)
+            images = images.to(torch.uint8) if pixels == "uint8" else images / 255
+        if channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        inputs: dict[str, Any] = {
+            "images": images,
+            "weight": draw(d, 3, patch, patch, std=(3 * patch * patch) ** -0.5),
+            "bias": draw(d),
+            "prefix": draw(prefix, d) if prefix else None,
+        }
+        if pos != "none":
+            inputs["pos_embed"] = draw(patches + (prefix if pos == "all" else 0), d)
+        if pixels != "float":
+            inputs |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        return inputs
+
+    sizes = {"B": b, "N": patches, "P": prefix, "D": d, "K": 3 * patch * patch}
+    return Case(name, sizes, make)
+
+
+def _flops(sizes: dict[str, int]) -> int:
+    return 2 * sizes["B"] * sizes["N"] * sizes["D"] * sizes["K"]
+
+
+def _bytes(sizes: dict[str, int], itemsize: int) -> int:
+    b, n, p, d, k = (sizes[name] for name in "BNPDK")
+    return itemsize * (b * n * k + d * k + (n + p) * d + b * (n + p) * d)
+
+
+SPECS = (
+    OpSpec(
+        name="patch_embed",
+        op=patch_embed,
+        reference=patch_embed_reference,
+        cases=(
+            _case("one patch, no prefix", 1, (16, 16), 16, 32, prefix=0, pos="none"),
+            _case("patch 16, CLS", 2, (64, 96), 16, 192),
+            _case("patch 14, CLS and 4 registers", 2, (56, 56), 14, 96, prefix=5, pos="patches"),
+            _case("patch 32, no prefix", 2, (64, 64), 32, 64, prefix=0),
+            _case("channels last", 2, (32, 48), 8, 48, channels_last=True),
+            _case("bytes, folded mean and std", 2, (64, 64), 16, 96, pixels="uint8"),
+            _case("unit floats, folded mean and std", 1, (28, 42), 14, 96, pixels="unit"),
+        ),
+        bench_cases=tuple(
+            _case(f"ViT-B/{patch}, batch {batch}", batch, (224, 224), patch, 768)
+            for batch in (1, 256)
+            for patch in (16, 14)
+        ),
+        flops=_flops,
+        bytes=_bytes,
+    ),
+)

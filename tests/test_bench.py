@@ -1,0 +1,293 @@
+"""Timing with a clock that the test holds, and a whole small run whose files are read back."""
+
+import base64
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastvit.bench import models, ops, report, timing
+from fastvit.cli.main import app
+from fastvit.kernels import _spec
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Stands still but for what the timed functions take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def takes(self, *seconds: float, calls: list[str] | None = None, name: str = "") -> timing.Work:
+        """A function whose calls take these times in turn, the last one for ever."""
+        left = list(seconds)
+
+        def work() -> None:
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            if calls is not None:
+                calls.append(name)
+
+        return work
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_functions_are_called_in_turns_each_starting_a_round(clock: Clock):
+    calls: list[str] = []
+    works = {name: clock.takes(1, calls=calls, name=name) for name in "abc"}
+    times = timing.interleaved(works, budget_s=0, min_rounds=4, device=CPU)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"  # the first three warm up
+    assert all(time.rounds == 4 for time in times.values())
+
+
+def test_medians_and_percentiles_leave_the_warm_up_out(clock: Clock):
+    slow_start = clock.takes(100, 3, 1, 2, 5, 4)
+    times = timing.interleaved(
+        {"a": slow_start, "b": clock.takes(7)}, budget_s=0, min_rounds=5, device=CPU
+    )
+    assert times["a"] == timing.Timing(median=3, p10=pytest.approx(1.4), p90=4.6, rounds=5)
+    assert times["b"] == timing.Timing(median=7, p10=7, p90=7, rounds=5)
+
+
+def test_rounds_go_on_for_as_long_as_the_budget(clock: Clock):
+    works = {"a": clock.takes(1), "b": clock.takes(3)}
+    assert timing.interleaved(works, budget_s=39, min_rounds=2, device=CPU)["a"].rounds == 10
+    assert timing.interleaved(works, budget_s=0.5, min_rounds=2, device=CPU)["a"].rounds == 2
+
+
+def test_nothing_to_time_is_refused():
+    with pytest.raises(ValueError, match="nothing to time"):
+        timing.interleaved({}, budget_s=1, min_rounds=1, device=CPU)
+
+
+def test_inputs_rotate():
+    work = timing.rotating(lambda x: x, [{"x": i} for i in range(3)])
+    assert [work() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_race_compares_with_the_fastest_peer(clock: Clock):
+    works = {
+        timing.OURS: clock.takes(50, 2),
+        "slow": clock.takes(9),
+        "fast": clock.takes(3),
+    }
+    result = timing.race(works, budget_s=0, min_rounds=3, device=CPU)
+    assert result.fastest_peer == "fast"
+    assert result.speedup == 1.5
+    assert result.first_call == {timing.OURS: 50, "slow": 9, "fast": 3}
+
+
+def test_a_contender_that_does_not_run_is_named_and_not_timed(clock: Clock):
+    def broken() -> None:
+        raise OSError("no such\ncompiler")
+
+    result = timing.race(
+        {timing.OURS: clock.takes(1), "compiled": broken}, budget_s=0, min_rounds=1, device=CPU
+    )
+    assert result.failed == {"compiled": "OSError: no such compiler"}
+    assert list(result.timings) == [timing.OURS]
+    assert result.speedup is None
+
+
+def test_torch_compile_without_a_compiler_is_such_a_contender():
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x) * 2
+
+    compiled = torch.compile(twice, dynamic=False)
+    x = torch.randn(64)
+    # caches would hand out what an earlier run compiled
+    off = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with torch._inductor.config.patch(off):
+        result = timing.race(
+            {"eager": lambda: twice(x), "compiled": lambda: compiled(x)},
+            budget_s=0, min_rounds=1, device=CPU,
+        )  # fmt: skip
+    assert list(result.timings) == ["eager"]
+    assert "compiled" in result.failed
+
+
+def test_the_roof_is_flops_and_bytes_over_time(monkeypatch: pytest.MonkeyPatch):
+    def half_a_second(works: dict[str, timing.Work], **kwargs: Any) -> dict[str, timing.Timing]:
+        return {name: timing.Timing(0.5, 0.5, 0.5, 1) for name in works}
+
+    monkeypatch.setattr(timing, "interleaved", half_a_second)
+    roof = timing.roof(CPU, torch.float32)
+    assert roof["matmul_flops_per_s"] == 4 * 1024**3
+    assert roof["copy_bytes_per_s"] == 4 * 2**27
+
+
+# --------------------------------------------------------------------------- what is timed
+
+
+def small_spec(**changes: Any) -> _spec.OpSpec:
+    """layer_norm, whose benchmark is one of its test cases."""
+    spec = _spec.all_specs()["layer_norm"]
+    case = next(case for case in spec.cases if case.name == "odd width")
+    return dataclasses.replace(spec, bench_cases=(case,), **changes)
+
+
+def bench_small(spec: _spec.OpSpec) -> report.Result:
+    return ops.bench_op(
+        spec, spec.bench_cases[0], dtype=torch.float32, device=CPU, seed=0, budget_s=0.01
+    )
+
+
+def test_an_op_whose_numerics_fail_is_not_timed():
+    def no_bias(x: torch.Tensor, weight: Any, bias: Any, eps: float) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, None, eps)
+
+    result = bench_small(small_spec(op=no_bias))
+    assert not result.numerics["passed"]
+    assert result.race.timings == {}
+    entry = report.as_json(result, {"matmul_flops_per_s": 1.0, "copy_bytes_per_s": 1.0})
+    assert report.remarks(entry)[0].startswith("not timed, numerics fail: ")
+
+
+def test_an_op_that_raises_is_not_timed():
+    def broken(**kwargs: Any) -> torch.Tensor:
+        raise MemoryError("too large")
+
+    result = bench_small(small_spec(op=broken))
+    assert result.numerics["error"] == "MemoryError: too large"
+    assert result.race.timings == {}
+
+
+def test_a_cpu_leaves_large_cases_out_and_says_so():
+    jobs, note = ops.plan(CPU, quick=False)
+    assert note is not None
+    assert "too large for a CPU" in note
+    assert all("batch 256" not in case.name for _, case in jobs)
+    quick, _ = ops.plan(CPU, quick=True)
+    assert [spec.name for spec, _ in quick] == list(_spec.all_specs())
+    gpu, note = ops.plan(torch.device("cuda"), quick=False)
+    assert len(gpu) > len(jobs)
+    assert note is None
+
+
+def test_a_training_step_changes_weights_and_each_peer_has_its_own():
+    model = models._timm_model("test_vit", seed=0)
+    step = models._job(model, [torch.randn(2, 3, 160, 160)], train=True, autocast=None)
+    before = model.blocks[0].attn.qkv.weight.clone()
+    step()
+    assert not torch.equal(before, model.blocks[0].attn.qkv.weight)
+    peers = dict(models._peers(model, CPU, batch=2, train=True, quick=False))
+    assert list(peers) == ["timm", "timm + torch.compile"]
+    own = peers["timm + torch.compile"].get_parameter("_orig_mod.norm.weight")
+    assert own is not model.norm.weight
+
+
+def test_inference_needs_no_gradients():
+    model = models._timm_model("test_vit", seed=0).eval()
+    logits = models._job(model, [torch.randn(2, 3, 160, 160)], train=False, autocast=None)()
+    assert isinstance(logits, torch.Tensor)
+    assert logits.shape == (2, 1000)
+    assert logits.is_inference()
+
+
+# --------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = small_spec()
+    monkeypatch.setattr(ops, "all_specs", lambda: {spec.name: spec})
+    # compiling takes most of a minute; that it can fail is tested above
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for budget in ("OP_BUDGET", "MODEL_BUDGET"):
+        monkeypatch.setattr(f"fastvit.cli.bench.{budget}", (0.05, 0.05))
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+@pytest.mark.usefixtures("one_op")
+def test_bench_writes_record_picture_and_page(tmp_path: Path):
+    done = run("--quick", "--model", "test_vit", "--batch", "2", "--seed", "7", "--json",
+               "--out", str(tmp_path))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["seed"] == 7
+    assert record["device"] == "cpu"
+    assert record["notes"] == [report.CPU_NOTE]
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["roof"]["matmul_flops_per_s"] > 0
+    assert [(result["kind"], result["name"]) for result in record["results"]] == [
+        ("op", "layer_norm"),
+        ("model", "test_vit"),
+    ]
+    op, model = record["results"]
+    assert list(op["contenders"]) == ["fastvit", "eager", "torch.compile"]
+    assert list(model["contenders"]) == ["fastvit", "timm", "timm + torch.compile"]
+    for result in record["results"]:
+        assert result["numerics"]["passed"]
+        best = min(
+            time["median"] for name, time in result["contenders"].items() if name != "fastvit"
+        )
+        assert result["speedup"] == pytest.approx(best / result["contenders"]["fastvit"]["median"])
+        for time in result["contenders"].values():
+            assert 0 < time["p10"] <= time["median"] <= time["p90"]
+            assert time["rounds"] >= 5
+    assert model["batch"] == 2
+    # two images of 101 tokens through test_vit's products of matrices
+    assert model["flops"] == models._flops("test_vit", 1, train=False) * 2
+
+    files = {path.suffix: path for path in tmp_path.iterdir()}
+    assert set(files) == {".json", ".png", ".html"}
+    assert re.match(r"op\+model_cpu_float32_torch[\d.]+_\d{8}T\d{6}\.json", files[".json"].name)
+    assert json.loads(files[".json"].read_text()) == record
+    picture = files[".png"].read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    page = files[".html"].read_text()
+    assert base64.b64encode(picture).decode() in page
+    for text in ("test_vit", "timm + torch.compile", report.CPU_NOTE, torch.__version__):
+        assert text in page
+    assert "http" not in page  # self-contained
+
+
+@pytest.mark.usefixtures("one_op")
+def test_bench_prints_a_table(tmp_path: Path):
+    done = run("ops", "--quick", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    for text in ("layer_norm, odd width", "torch.compile", "roof: ", report.CPU_NOTE[:40]):
+        assert text in done.stdout
+    assert str(tmp_path) in done.stdout
+
+
+def test_bench_exits_1_where_numerics_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    spec = small_spec(op=lambda x, **rest: x)
+    monkeypatch.setattr(ops, "all_specs", lambda: {spec.name: spec})
+    done = run("ops", "--quick", "--out", str(tmp_path))
+    assert done.exit_code == 1
+    assert "not timed, numerics fail" in done.stdout
+    assert not list(tmp_path.glob("*.png"))  # nothing to draw
+
+
+@pytest.mark.usefixtures("one_op")
+def test_bench_trains(tmp_path: Path):
+    done = run("train", "--quick", "--model", "test_vit", "--json", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    (result,) = json.loads(done.stdout)["results"]
+    assert result["kind"] == "train"
+    assert result["flops"] > 2 * models._flops("test_vit", 1, train=False)
+
+
+def test_bench_refuses_an_unknown_model(tmp_path: Path):
+    done = run("models", "--model", "vit_tiny_patch16_225", "--out", str(tmp_path))
+    assert done.exit_code == 2
+    assert "vit_tiny_patch16_224" in done.output
+
+
+def test_times_are_printed_in_readable_units():
+    printed = [report.seconds(value) for value in (2.0, 0.0123, 45.6e-6, 0.4567)]
+    assert printed == ["2 s", "12.3 ms", "45.6 us", "457 ms"]

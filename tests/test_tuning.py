@@ -1,0 +1,114 @@
+"""Tile choice: pure, total, and within the card."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit.kernels._device import architecture, emulate
+from fastvit.kernels._tuning import TileConfig, load_table, lookup, nearest_table, table_folder
+from fastvit.kernels.attention.op import key_tail, split_head_dim
+
+OPS = ("linear", "patch_embed", "attention", "layer_norm")
+SHAPES = {
+    "linear": [{"M": m, "N": 768, "K": 768} for m in (1, 197, 1024, 1025, 50432)],
+    "patch_embed": [{"M": m, "N": 768, "K": 588} for m in (1, 50432)],
+    "attention": [{"N": n, "M": n, "D": d} for n in (1, 197, 4096) for d in (16, 64, 88, 256)],
+    "layer_norm": [{"M": 197, "D_POW2": 2**i} for i in range(15)],
+}
+ALL = [
+    (op, arch, dtype, shape)
+    for op in OPS
+    for arch, dtype in itertools.product(
+        ("sm80", "sm86", "sm90", "sm120", "gfx942"), (torch.bfloat16, torch.float32)
+    )
+    for shape in SHAPES[op]
+]
+
+
+@pytest.mark.parametrize(("op", "arch", "dtype", "shape"), ALL)
+def test_every_shape_gets_tiles(op, arch, dtype, shape):
+    assert lookup(op, arch, dtype, **shape) == lookup(op, arch, dtype, **shape)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tables_hold_known_fields_only(op):
+    paths = sorted(table_folder(op).glob("*.json"))
+    assert paths
+    for path in paths:
+        assert set(json.loads(path.read_text())) == {"source", "rows"}
+        for row in load_table(op, path.stem):
+            assert set(row) <= {"dtype", "when", "tile"}
+            assert TileConfig(**row["tile"])
+            known = set().union(*SHAPES[op])
+            assert set(row.get("when", {})) <= known
+
+
+def test_unknown_cards_take_the_nearest_older_table():
+    assert nearest_table("linear", "sm90") == "sm90"
+    assert nearest_table("linear", "sm89") == "sm80"
+    assert nearest_table("linear", "sm120") == "sm90"
+    assert nearest_table("linear", "sm75") is None
+    assert nearest_table("linear", "gfx942") is None
+
+
+def test_rows_apply_in_order(tmp_path, monkeypatch):
+    from fastvit.kernels import _tuning
+
+    table = {
+        "source": "planted",
+        "rows": [
+            {"dtype": ["float16"], "when": {"M": [0, 64]}, "tile": {"BLOCK_M": 16, "BLOCK_N": 16}},
+            {"dtype": ["float16"], "tile": {"BLOCK_M": 32, "BLOCK_N": 32}},
+        ],
+    }
+    (tmp_path / "sm77.json").write_text(json.dumps(table))
+    monkeypatch.setattr(_tuning, "table_folder", lambda op: Path(tmp_path))
+    for cached in (_tuning._lookup, _tuning.load_table):
+        cached.cache_clear()
+    assert lookup("linear", "sm77", torch.float16, M=64, N=1, K=1).BLOCK_M == 16
+    assert lookup("linear", "sm77", torch.float16, M=65, N=1, K=1).BLOCK_M == 32
+    assert lookup("linear", "sm77", torch.float32, M=65, N=1, K=1).BLOCK_M == 64  # heuristic
+    for cached in (_tuning._lookup, _tuning.load_table):
+        cached.cache_clear()
+
+
+def test_blocks_are_powers_of_two():
+    with pytest.raises(ValueError, match="BLOCK_N must be a power of two; got 48"):
+        TileConfig(64, 48)
+
+
+def test_emulated_architecture():
+    cpu = torch.device("cpu")
+    assert architecture(cpu) == "sm90"
+    with emulate("sm80"):
+        assert architecture(cpu) == "sm80"
+    assert architecture(cpu) == "sm90"
+
+
+@pytest.mark.parametrize("d", range(1, 257))
+def test_head_dim_parts_cover_with_least_padding(d):
+    parts = split_head_dim(d)
+    covered, padded = sum(parts), max(16, 1 << (d - 1).bit_length())
+    assert d <= covered <= padded
+    assert all(part == 0 or (part >= 16 and part & (part - 1) == 0) for part in parts)
+    assert parts[0] > 0
+    assert parts[1] > 0 or parts[2] == 0
+    # every part but the last lies wholly inside d: the kernel masks the last one only
+    assert covered - [part for part in parts if part][-1] < d
+
+
+def test_head_dims_of_known_models_are_split():
+    split = {72: (64, 16, 0), 80: (64, 16, 0), 88: (64, 32, 0), 104: (64, 32, 16)}
+    assert {d: split_head_dim(d) for d in split} == split
+
+
+@pytest.mark.parametrize("keys", [1, 15, 16, 17, 63, 64, 65, 80, 81, 197, 256, 577])
+def test_tail_covers_what_is_left(keys):
+    tail = key_tail(keys, 64)
+    rest = keys % 64
+    assert (tail == 0) == (rest == 0)
+    assert rest <= tail <= 64
+    assert tail in (0, 16, 32, 64)

@@ -2,8 +2,10 @@
 
 A launcher is run on meta tensors while `JITFunction.run` only records its arguments, so what is
 compiled is what a real launch would compile: same tiles, same specialisations. Read from the
-machine code: registers, stack, shared memory, matrix instructions, and spills (LDL/STL) inside
-loops.
+compiler's output: registers, stack, shared memory, matrix instructions, spills inside loops, and
+how many buffers each operand of a pipelined product got. (Where a tile feeds both a product and
+other arithmetic, Triton may give it one buffer fewer than its partner and overwrite it while the
+product still reads it, with no error.)
 
 Needs a process without ``TRITON_INTERPRET=1``.
 """
@@ -26,10 +28,11 @@ from torch import Tensor
 
 from fastvit.kernels import _device
 from fastvit.kernels._library import OPS
-from fastvit.kernels._spec import Case, OpSpec
+from fastvit.kernels._spec import Case, OpSpec, all_specs
 
 # opcode of a matrix instruction on bfloat16 and float16, by architecture
-MATRIX_OPCODE = {"sm80": "HMMA", "sm90": "HGMMA"}
+MATRIX_OPCODE = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
+ARCHITECTURES = tuple(MATRIX_OPCODE)
 _TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -63,17 +66,31 @@ class Launch:
 class Compiled:
     """What the machine code of one launch holds.
 
-    `registers` are per thread, `stack` bytes per thread, `shared` bytes per block, `matrix_ops`
-    and `loop_spills` instruction counts.
+    `registers` are per thread (vector registers on AMD), `stack` bytes per thread, `shared` bytes
+    per block, `matrix_ops` and `loop_spills` instruction counts (on AMD all spills count),
+    `buffers` the depths of `buffer_depths`, `blocks` how many fit one multiprocessor.
     """
 
     kernel: str
     arch: str
+    num_warps: int
     registers: int
     stack: int
     shared: int
     matrix_ops: int
     loop_spills: int
+    buffers: tuple[tuple[int, int], ...]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that one multiprocessor holds at a time."""
+        by_shared = _device.SHARED_MEMORY_OF_SM[self.arch] // max(self.shared, 1)
+        if self.arch == "gfx942":  # 4 SIMDs of 512 registers a lane, at most 8 waves each
+            waves = 4 * min(8, 512 // (-(-max(self.registers, 1) // 8) * 8))
+            return min(by_shared, waves // self.num_warps, 16)
+        # 65,536 registers, given to warps in units of 8 a thread; 64 warps
+        per_block = -(-max(self.registers, 1) // 8) * 8 * 32 * self.num_warps
+        return min(by_shared, 65_536 // per_block, 64 // self.num_warps)
 
     def problems(self, *, tensor_cores: bool) -> list[str]:
         """What forbids this kernel on this card; empty if nothing does.
@@ -88,7 +105,50 @@ class Compiled:
             found.append(f"{self.loop_spills} spills in a loop")
         if self.shared > _device.SHARED_MEMORY[self.arch]:
             found.append(f"{self.shared} bytes of shared memory")
+        if unequal := sorted({pair for pair in self.buffers if pair[0] != pair[1]}):
+            found.append(f"operands with unequal buffers {unequal}")
         return found
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One compiled launch, the case it came from, and what is wrong with it."""
+
+    op: str
+    case: str
+    dtype: str
+    compiled: Compiled
+    problems: list[str]
+
+
+def audit_op(spec: OpSpec, arch: str) -> Iterator[Audited]:
+    """Compile every distinct launch of an op's cases for `arch`.
+
+    float16 differs from bfloat16 in its opcodes' suffix only, so it gets the shapes of real models.
+    """
+    seen = set()
+    for case in spec.bench_cases + spec.cases:
+        half = [torch.bfloat16] + [torch.float16] * (case in spec.bench_cases)
+        for dtype in (*half, torch.float32):
+            for launch in record_launches(spec, case, dtype, arch):
+                if launch.key() in seen:
+                    continue
+                seen.add(launch.key())
+                compiled = compile_launch(launch, arch)
+                tensor_cores = dtype in half and spec.flops(case.sizes) > 0
+                problems = compiled.problems(tensor_cores=tensor_cores)
+                name = str(dtype).removeprefix("torch.")
+                yield Audited(spec.name, case.name, name, compiled, problems)
+
+
+def specs_with_kernels() -> dict[str, OpSpec]:
+    """The ops that have a kernel of their own, by name."""
+    folder = Path(_device.__file__).parent
+    return {
+        name: spec
+        for name, spec in all_specs().items()
+        if (folder / spec.op.__module__.split(".")[2] / "kernel.py").exists()
+    }
 
 
 @contextlib.contextmanager
@@ -123,7 +183,7 @@ def record_launches(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> 
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile for `arch` (``sm80``, ``sm90``, ...) and read the result."""
+    """Compile for `arch`, one of `ARCHITECTURES`, and read the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -139,19 +199,58 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", int(arch[2:]), 32)
+    if arch.startswith("gfx"):
+        target = GPUTarget("hip", arch, 64)
+    else:
+        target = GPUTarget("cuda", int(arch[2:]), 32)
     compiled = triton.compile(source, target=target, options=launch.options)
+    common = {
+        "kernel": launch.kernel.__name__,
+        "arch": arch,
+        "num_warps": launch.options["num_warps"],
+        "shared": compiled.metadata.shared,
+        "buffers": buffer_depths(compiled.asm["ttgir"]),
+    }
+    if arch.startswith("gfx"):
+        code = compiled.asm["amdgcn"]
+        return Compiled(
+            **common,
+            registers=int(_find(r"\.vgpr_count:\s*(\d+)", code)),
+            stack=int(_find(r"\.private_segment_fixed_size:\s*(\d+)", code)),
+            matrix_ops=len(re.findall(MATRIX_OPCODE[arch], code)),
+            loop_spills=int(_find(r"\.vgpr_spill_count:\s*(\d+)", code)),
+        )
     sass, usage = _disassemble(compiled.asm["cubin"])
     matrix_ops, loop_spills = count_in_sass(sass, MATRIX_OPCODE[arch])
     return Compiled(
-        kernel=launch.kernel.__name__,
-        arch=arch,
+        **common,
         registers=int(_find(r"REG:(\d+)", usage)),
         stack=int(_find(r"STACK:(\d+)", usage)),
-        shared=compiled.metadata.shared,
         matrix_ops=matrix_ops,
         loop_spills=loop_spills,
     )
+
+
+def buffer_depths(ttgir: str) -> tuple[tuple[int, int], ...]:
+    """How many buffers the two operands of each asynchronous product have, where a pipelined loop
+    stages both through shared memory."""
+    depth = {
+        name: int(count)
+        for name, count in re.findall(
+            r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir
+        )
+    }
+    # a view (one buffer of the ring, transposed perhaps) stands for the ring it came from
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+
+    def ring(name: str) -> int | None:
+        while name in views:
+            name = views[name]
+        return depth.get(name)
+
+    products = re.findall(r"ttng\.(?:warp_group_dot|tc_gen5_mma) (%\w+), (%\w+),", ttgir)
+    pairs = [(ring(a), ring(b)) for a, b in products]
+    return tuple((a, b) for a, b in pairs if a is not None and b is not None)
 
 
 def count_in_sass(sass: str, opcode: str) -> tuple[int, int]:

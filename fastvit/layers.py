@@ -360,6 +360,7 @@ class PatchEmbed(nn.Module):
         strict_img_size: bool = True,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         self.strict_img_size = strict_img_size
         self.set_sizes(to_2tuple(img_size), to_2tuple(patch_size))
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias)
@@ -388,10 +389,8 @@ class PatchEmbed(nn.Module):
         """Raises:
         ValueError: images that are not [B, C, H, W], or of a size that the model does not take.
         """
-        if images.dim() != 4 or images.shape[1] != self.proj.in_channels:
-            raise ValueError(
-                f"images {list(images.shape)} are not [B, {self.proj.in_channels}, H, W]"
-            )
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images {list(images.shape)} are not [B, {self.in_chans}, H, W]")
         h, w = images.shape[2:]
         if self.strict_img_size and (h, w) != self.img_size:
             raise ValueError(

@@ -226,7 +226,8 @@ def compare_models(
     Returns:
         A `ModelReport`; an accelerated `fast` takes the path that is set when this is called.
     """
-    run = functools.partial(_run_model, gradients=gradients, seed=seed)
+    dtype = autocast or images.dtype
+    run = functools.partial(_run_model, gradients=gradients, seed=seed, dtype=dtype)
     truth = run(copy.deepcopy(eager).double(), images.double())
     with torch.autocast(images.device.type, autocast or torch.bfloat16, enabled=bool(autocast)):
         yardstick = run(eager, images)
@@ -251,7 +252,7 @@ def compare_models(
 
 
 def _run_model(
-    model: nn.Module, images: Tensor, *, gradients: Sequence[str], seed: int
+    model: nn.Module, images: Tensor, *, gradients: Sequence[str], seed: int, dtype: torch.dtype
 ) -> list[Tensor]:
     """Logits, pooled features (what the head is given) and gradients."""
     pooled: list[Tensor] = []
@@ -265,7 +266,7 @@ def _run_model(
     if not gradients:
         return [logits, *pooled]
     parameters = [model.get_parameter(name) for name in gradients]
-    grads = torch.autograd.grad(logits, parameters, _cotangent(logits, images.dtype, seed))
+    grads = torch.autograd.grad(logits, parameters, _cotangent(logits, dtype, seed))
     return [logits.detach(), *pooled, *grads]
 
 
@@ -280,7 +281,7 @@ def certify_model(
 ) -> ModelReport:
     """`compare_models` for timm's `name`, accelerated and not, on photographs.
 
-    Weights are random, their vectors drawn again by `randomise_vectors`.
+    Weights are drawn by `randomise`.
 
     Args:
         name: of a timm model that `fastvit.accelerate` takes.
@@ -300,11 +301,9 @@ def certify_model(
     from fastvit.accelerate.plan import find_parts, make_plan
 
     shape = {} if depth is None else {"depth": depth}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        # some names, such as DINOv2's, come without a classifier
-        eager = import_timm().create_model(name, num_classes=1000, **shape)
-    randomise_vectors(eager, seed)
+    # some names, such as DINOv2's, come without a classifier
+    eager = import_timm().create_model(name, num_classes=1000, **shape)
+    randomise(eager, seed)
     eager = eager.to(device, dtype).eval()
     plan = make_plan(eager, find_parts(eager))
     if not any(row.fused for row in plan.rows):
@@ -320,17 +319,21 @@ def certify_model(
     return dataclasses.replace(report, unfused=unfused)
 
 
-def randomise_vectors(model: nn.Module, seed: int) -> None:
-    """Draw biases, norm weights, LayerScales and special tokens afresh, in place.
+def randomise(model: nn.Module, seed: int) -> None:
+    """Draw every parameter afresh, in place, so that each of them matters to the output.
 
-    At initialisation they are 0, 1 or tiny, and hide a missing bias or a wrong softmax scale.
+    At timm's initialisation biases are 0, norm weights 1, special tokens and LayerScales tiny, and
+    attention scores so close to 0 that a wrong softmax scale is lost in bfloat16's rounding. Here
+    matrices keep the size of what they are given, which makes scores of about 1.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if max(parameter.shape, default=1) == parameter.numel():
-            mean = float(name.endswith(("weight", "gamma")))
-            values = torch.randn(parameter.shape, generator=generator) * 0.3 + mean
-            parameter.data.copy_(values)
+        vector = max(parameter.shape, default=1) == parameter.numel()
+        mean = float(vector and name.endswith(("weight", "gamma")))
+        matrix = not vector and name.endswith("weight")
+        std = (parameter.numel() / len(parameter)) ** -0.5 if matrix else 0.3
+        values = torch.randn(parameter.shape, generator=generator) * std + mean
+        parameter.data.copy_(values)
 
 
 def sample_images(size: tuple[int, int], seed: int) -> Tensor:

@@ -287,8 +287,7 @@ class VisionTransformer(nn.Module):
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take = take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
-        x = self._embed(x)
+        img_size, x = x.shape[2:], self._embed(x)
         attn_mask = causal_mask(x, attn_mask) if is_causal else attn_mask
         taken = []
         for i, block in enumerate(self.blocks):
@@ -300,6 +299,7 @@ class VisionTransformer(nn.Module):
         p = self.num_prefix_tokens
         prefixes, features = [y[:, :p] for y in taken], [y[:, p:] for y in taken]
         if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size(img_size)
             features = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in features]
         with_prefix = return_prefix_tokens and p > 0
         if output_dict:
@@ -363,10 +363,9 @@ class VisionTransformer(nn.Module):
             self.global_pool = global_pool
         self.num_classes = num_classes
         self.pre_logits = nn.Identity()
-        weight = self.patch_embed.proj.weight
         self.head = nn.Identity()
         if num_classes > 0:
-            self.head = nn.Linear(self.embed_dim, num_classes).to(weight)
+            self.head = nn.Linear(self.embed_dim, num_classes).to(next(self.parameters()))
             if zero_init:
                 nn.init.zeros_(self.head.weight)
                 nn.init.zeros_(self.head.bias)

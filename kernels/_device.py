@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-# bytes of shared memory one block may use
+# bytes of shared memory that one block may use, and that a multiprocessor has
 SHARED_MEMORY = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "gfx942": 65_536}
+SHARED_MEMORY_OF_SM = {"sm80": 167_936, "sm90": 233_472, "sm100": 233_472, "gfx942": 65_536}
 
 
 _emulated = "sm90"

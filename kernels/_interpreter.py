@@ -99,7 +99,9 @@ def install_bfloat16() -> None:
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast_impl)
     builder.create_fp_to_fp = _fp_to_fp(builder.create_fp_to_fp, cast_impl)
-    builder.get_bf16 = lambda self, value: TensorHandle(narrow(np.float32([value])), tl.bfloat16)
+    builder.get_bf16 = lambda self, value: TensorHandle(
+        narrow(np.array([value], dtype=np.float32)), tl.bfloat16
+    )
     builder.create_dot = _dot(builder.create_dot)
     for name in (
         "create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_frem", "create_fneg",

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm_models import TOLERANCE, Doubled, build, classes, error, images, small
 from torch import Tensor, nn
 
+import fastvit
 from fastvit.accelerate import Plan, accelerate, explain, restore
 from fastvit.accelerate import plan as plans
 from fastvit.kernels import _library
@@ -177,7 +178,9 @@ def test_nothing_known(capsys):
     plan = explain(model)
     assert plan.rows == ()
     assert not plan.fully_fused
-    assert "no block of a known library (timm) in this Sequential" in capsys.readouterr().out
+    assert (
+        "no block of a known library (timm, fastvit) in this Sequential" in capsys.readouterr().out
+    )
     with pytest.raises(RuntimeError, match="no block of a known library"):
         accelerate(model, strict=True)
 
@@ -254,3 +257,15 @@ def test_explain_groups_and_counts(capsys):
     assert described["fused_blocks"] == ["blocks.0", "blocks.1", "blocks.2", "blocks.4"]
     assert described["rows"][4]["reason"] == "norm1 is RMSNorm; fused is LayerNorm"
     assert "not called yet" not in capsys.readouterr().out
+
+
+def test_own_models_need_no_accelerate():
+    model: Any = fastvit.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    before = classes(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model, strict=True)
+    assert classes(model) == before
+    assert explain(model).fully_fused
+    model.blocks[1].attn.register_forward_hook(lambda *args: None)
+    assert explain(model).left_blocks == ["blocks.1"]

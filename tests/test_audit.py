@@ -9,30 +9,14 @@ import sys
 
 import pytest
 
-from fastvit.audit import Compiled, count_in_sass
+from fastvit.audit import Compiled, buffer_depths, count_in_sass, specs_with_kernels
 
 # A fresh process, because kernels of this one are interpreted.
-COMPILE = """
+AUDIT = """
 import json, sys
-import torch
 from fastvit import audit
-from fastvit.kernels._spec import all_specs
-name, arch = sys.argv[1:]
-spec = all_specs()[name]
-tensor_cores = spec.flops(spec.cases[0].sizes) > 0
-seen, rows = set(), []
-for case in spec.cases + spec.bench_cases:
-    # float16 differs from bfloat16 in the opcodes' suffix only: the shapes of real models suffice
-    half = (torch.bfloat16, torch.float16) if case in spec.bench_cases else (torch.bfloat16,)
-    for dtype in (*half, torch.float32):
-        for launch in audit.record_launches(spec, case, dtype, arch):
-            if launch.key() in seen:
-                continue
-            seen.add(launch.key())
-            compiled = audit.compile_launch(launch, arch)
-            wants = tensor_cores and dtype != torch.float32
-            rows.append([case.name, str(dtype), compiled.matrix_ops,
-                         compiled.problems(tensor_cores=wants)])
+rows = [[row.case, row.dtype, row.compiled.matrix_ops, row.problems]
+        for row in audit.audit_op(audit.specs_with_kernels()[sys.argv[1]], sys.argv[2])]
 print(json.dumps(rows))
 """
 
@@ -47,19 +31,9 @@ def in_fresh_process(code: str, *args: str) -> str:
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "patch_embed",
-        "layer_norm",
-        "rms_norm",
-        "linear",
-        "attention",
-        "attention_qkv",
-    ],  # mlp has none
-)
+@pytest.mark.parametrize("name", specs_with_kernels())
 def test_every_forward_kernel_compiles_well(name, arch):
-    rows = json.loads(in_fresh_process(COMPILE, name, arch))
+    rows = json.loads(in_fresh_process(AUDIT, name, arch))
     assert rows
     assert not [row for row in rows if row[3]]
 
@@ -79,21 +53,58 @@ def spilling(x_ptr, y_ptr, n, SIZE: tl.constexpr):
         keep = keep + acc
     tl.store(y_ptr + i, acc + keep)
 
-import sys, types
-tensor = torch.empty(1, device="meta")
-launch = audit.Launch(spilling, {"x_ptr": tensor, "y_ptr": tensor, "n": 64, "SIZE": 64},
-                      {"num_warps": 1, "num_stages": 1})
-print(audit.compile_launch(launch, "sm90").problems(tensor_cores=True))
+@triton.jit
+def shared_tile(x_ptr, w_ptr, y_ptr, K, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    # x feeds a product and a sum in one pipelined loop
+    i = tl.arange(0, SIZE)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((SIZE, SIZE), tl.float32)
+    total = tl.zeros((SIZE,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + i[:, None] * K + start + k[None, :])
+        w = tl.load(w_ptr + i[None, :] * K + start + k[:, None])
+        total += tl.sum(x.to(tl.float32), axis=1)
+        acc = tl.dot(x, w, acc)
+    tl.store(y_ptr + i[:, None] * SIZE + i[None, :], acc + total[:, None])
+
+f32 = torch.empty(1, device="meta")
+b16 = torch.empty(1, device="meta", dtype=torch.bfloat16)
+for kernel, arguments, options in (
+    (spilling, {"x_ptr": f32, "y_ptr": f32, "n": 64, "SIZE": 64}, (1, 1)),
+    (shared_tile, {"x_ptr": b16, "w_ptr": b16, "y_ptr": f32, "K": 768, "SIZE": 128,
+                   "BLOCK_K": 64}, (8, 3)),
+):
+    options = dict(zip(("num_warps", "num_stages"), options))
+    compiled = audit.compile_launch(audit.Launch(kernel, arguments, options), "sm90")
+    print(compiled.problems(tensor_cores=True))
 """
 
 
-def test_planted_bad_kernel_is_caught(tmp_path):
+def test_planted_bad_kernels_are_caught(tmp_path):
     path = tmp_path / "planted.py"  # Triton reads the source of a kernel from its file
     path.write_text(PLANT)
-    code = "import runpy, sys; runpy.run_path(sys.argv[1])"
-    printed = in_fresh_process(code, str(path))
-    assert "no HGMMA instruction" in printed
-    assert "spills in a loop" in printed
+    spilling, shared_tile = in_fresh_process(
+        "import runpy, sys; runpy.run_path(sys.argv[1])", str(path)
+    ).splitlines()
+    assert "no HGMMA instruction" in spilling
+    assert "spills in a loop" in spilling
+    assert shared_tile == "['operands with unequal buffers [(2, 3)]']"
+
+
+def test_buffers_are_those_of_a_products_operands():
+    """A ring that no product reads (bytes to be converted) may have any depth."""
+    listing = """
+        %bytes = ttg.local_alloc : () -> !ttg.memdesc<2x128x64xi8, #shared, #smem, mutable>
+        %x = ttg.local_alloc : () -> !ttg.memdesc<{x}x128x64xbf16, #shared, #smem, mutable>
+        %w = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
+        %x_1 = ttg.memdesc_index %x[%i] : !ttg.memdesc<...>
+        %w_1 = ttg.memdesc_index %w[%i] : !ttg.memdesc<...>
+        %w_2 = ttg.memdesc_trans %w_1 {{order = array<i32: 1, 0>}} : !ttg.memdesc<...>
+        %acc_1 = ttng.warp_group_dot %x_1, %w_2, %acc : ...
+        %acc_2 = ttng.warp_group_dot %from_registers, %w_2, %acc : ...
+    """
+    assert buffer_depths(listing.format(x=3)) == ((3, 3),)
+    assert buffer_depths(listing.format(x=2)) == ((2, 3),)
 
 
 LOOP = """
@@ -115,9 +126,14 @@ def test_only_spills_inside_a_loop_count(instruction, spills):
 
 
 def test_problems_name_what_is_wrong():
-    good = Compiled("k", "sm90", 128, 0, 200_000, matrix_ops=4, loop_spills=0)
+    good = Compiled("k", "sm90", 8, 128, 0, 98_304, 4, 0, ((3, 3),))
     assert good.problems(tensor_cores=True) == []
-    bad = Compiled("k", "sm80", 255, 64, 200_000, matrix_ops=0, loop_spills=3)
+    assert good.blocks == 2
+    bad = Compiled("k", "sm80", 4, 255, 64, 200_000, 0, 3, ((2, 3), (3, 3)))
     assert bad.problems(tensor_cores=True) == [
-        "no HMMA instruction", "3 spills in a loop", "200000 bytes of shared memory",
-    ]  # fmt: skip
+        "no HMMA instruction",
+        "3 spills in a loop",
+        "200000 bytes of shared memory",
+        "operands with unequal buffers [(2, 3)]",
+    ]
+    assert bad.blocks == 0

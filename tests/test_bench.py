@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
 from fastvit.bench import models, ops, report, timing
@@ -42,12 +43,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_functions_are_called_in_turns_each_starting_a_round(clock: Clock):
+def test_every_round_calls_each_function_once_in_a_new_order(clock: Clock):
     calls: list[str] = []
     works = {name: clock.takes(1, calls=calls, name=name) for name in "abc"}
-    times = timing.interleaved(works, budget_s=0, min_rounds=4, device=CPU)
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"  # the first three warm up
-    assert all(time.rounds == 4 for time in times.values())
+    times = timing.interleaved(works, budget_s=0, min_rounds=40, device=CPU)
+    assert all(time.rounds == 40 for time in times.values())
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 41  # the first warms up
+    assert {"".join(sorted(order)) for order in rounds} == {"abc"}
+    assert len(set(rounds[1:])) == 6  # all orders come up, so no function always follows another
 
 
 def test_medians_and_percentiles_leave_the_warm_up_out(clock: Clock):
@@ -55,7 +59,8 @@ def test_medians_and_percentiles_leave_the_warm_up_out(clock: Clock):
     times = timing.interleaved(
         {"a": slow_start, "b": clock.takes(7)}, budget_s=0, min_rounds=5, device=CPU
     )
-    assert times["a"] == timing.Timing(median=3, p10=pytest.approx(1.4), p90=4.6, rounds=5)
+    a = times["a"]
+    assert (a.median, a.p10, a.p90, a.rounds) == (3, pytest.approx(1.4), pytest.approx(4.6), 5)
     assert times["b"] == timing.Timing(median=7, p10=7, p90=7, rounds=5)
 
 
@@ -70,9 +75,11 @@ def test_nothing_to_time_is_refused():
         timing.interleaved({}, budget_s=1, min_rounds=1, device=CPU)
 
 
-def test_inputs_rotate():
-    work = timing.rotating(lambda x: x, [{"x": i} for i in range(3)])
-    assert [work() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+def test_inputs_rotate_and_no_two_functions_are_given_the_same_one_in_a_round():
+    inputs = [{"x": i} for i in range(3)]
+    works = timing.rotating(dict.fromkeys("abcd", lambda x: x), inputs)
+    rounds = [[works[name]() for name in "abcd"] for _ in range(4)]
+    assert rounds == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0, 1, 2], [0, 1, 2, 0]]
 
 
 def test_a_race_compares_with_the_fastest_peer(clock: Clock):
@@ -107,7 +114,7 @@ def test_torch_compile_without_a_compiler_is_such_a_contender():
     x = torch.randn(64)
     # caches would hand out what an earlier run compiled
     off = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
-    with torch._inductor.config.patch(off):
+    with inductor_config.patch(off):
         result = timing.race(
             {"eager": lambda: twice(x), "compiled": lambda: compiled(x)},
             budget_s=0, min_rounds=1, device=CPU,
@@ -150,7 +157,7 @@ def test_an_op_whose_numerics_fail_is_not_timed():
     assert not result.numerics["passed"]
     assert result.race.timings == {}
     entry = report.as_json(result, {"matmul_flops_per_s": 1.0, "copy_bytes_per_s": 1.0})
-    assert report.remarks(entry)[0].startswith("not timed, numerics fail: ")
+    assert report.remarks(entry) == ["not timed: numerics fail, see fastvit numerics"]
 
 
 def test_an_op_that_raises_is_not_timed():
@@ -176,9 +183,9 @@ def test_a_cpu_leaves_large_cases_out_and_says_so():
 
 def test_a_training_step_changes_weights_and_each_peer_has_its_own():
     model = models._timm_model("test_vit", seed=0)
-    step = models._job(model, [torch.randn(2, 3, 160, 160)], train=True, autocast=None)
+    step = models._job(model, batch=2, device=CPU, train=True, autocast=None)
     before = model.blocks[0].attn.qkv.weight.clone()
-    step()
+    step(torch.randn(2, 3, 160, 160))
     assert not torch.equal(before, model.blocks[0].attn.qkv.weight)
     peers = dict(models._peers(model, CPU, batch=2, train=True, quick=False))
     assert list(peers) == ["timm", "timm + torch.compile"]
@@ -188,7 +195,8 @@ def test_a_training_step_changes_weights_and_each_peer_has_its_own():
 
 def test_inference_needs_no_gradients():
     model = models._timm_model("test_vit", seed=0).eval()
-    logits = models._job(model, [torch.randn(2, 3, 160, 160)], train=False, autocast=None)()
+    job = models._job(model, batch=2, device=CPU, train=False, autocast=None)
+    logits = job(torch.randn(2, 3, 160, 160))
     assert isinstance(logits, torch.Tensor)
     assert logits.shape == (2, 1000)
     assert logits.is_inference()
@@ -269,7 +277,7 @@ def test_bench_exits_1_where_numerics_fail(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(ops, "all_specs", lambda: {spec.name: spec})
     done = run("ops", "--quick", "--out", str(tmp_path))
     assert done.exit_code == 1
-    assert "not timed, numerics fail" in done.stdout
+    assert "not timed: numerics fail" in done.stdout
     assert not list(tmp_path.glob("*.png"))  # nothing to draw
 
 

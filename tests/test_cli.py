@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastvit import environment, layers, numerics, ops
+from fastvit import environment, numerics, ops
 from fastvit.cli import _shared
-from fastvit.cli.numerics import choose_path
 from fastvit.cli.main import app
+from fastvit.cli.numerics import choose_path
 from fastvit.kernels import _spec
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def test_numerics_fails_an_op_that_raises_and_goes_on(monkeypatch: pytest.Monkey
 
 def test_numerics_fails_nan(monkeypatch: pytest.MonkeyPatch):
     plant(monkeypatch, "rms_norm", lambda x, weight, eps: x * float("nan"))
-    arguments = ("numerics", "--op", "rms_norm", "--dtype", "float32", "--path", "torch")
+    arguments = ("numerics", "--op", "rms_norm", "--path", "torch", "--forward-only")
     record = run_json(*arguments, exit_code=1)
     assert not any(entry["passed"] for entry in record["certificate"])
     assert record["certificate"][0]["rows"][0]["max_error"] is None
@@ -196,15 +196,16 @@ def test_numerics_prints_a_models_certificate():
 
 
 def test_numerics_catches_a_planted_bug_in_a_model(monkeypatch: pytest.MonkeyPatch):
-    right = layers.fused_block
+    right = ops.attention_qkv
 
-    def no_layer_scale(block: Any, x: Tensor, attn_mask: Any = None) -> Tensor:
-        return right(block, x, attn_mask) * 1.01
+    def wrong_scale(qkv: Tensor, num_heads: int, *rest: Any) -> Tensor:
+        return right(qkv, num_heads, *rest, scale=0.25)  # 32 ** -0.5 is right
 
-    monkeypatch.setattr(layers, "fused_block", no_layer_scale)
+    monkeypatch.setattr(ops, "attention_qkv", wrong_scale)
     record = run_json(
         "numerics", "--model", "test_vit", "--depth", "2", "--path", "torch", exit_code=1
     )
+    assert [entry["dtype"] for entry in record["certificate"]] == ["bfloat16", "float16", "float32"]
     assert not any(entry["passed"] for entry in record["certificate"])
 
 

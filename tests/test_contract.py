@@ -204,7 +204,7 @@ def test_mixed_dtypes_are_named(triton_path, spec, path):
     if len(names) < 2:
         pytest.skip("one tensor only")
     with ops.backend(path), pytest.raises(TypeError, match="float16"):
-        spec.op(**{**inputs, names[0]: inputs[names[0]].half()})
+        spec.op(**{**inputs, names[1]: inputs[names[1]].half()})
 
 
 @each_op

@@ -32,6 +32,7 @@ def _arithmetic(a_ptr, b_ptr, out_ptr, OP: tl.constexpr):
     i = tl.arange(0, 4096)
     a = tl.load(a_ptr + i)
     b = tl.load(b_ptr + i)
+    y = a
     if OP == "add":
         y = a + b
     elif OP == "sub":

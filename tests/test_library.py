@@ -99,6 +99,8 @@ def test_float32_products_follow_pytorchs_setting():
         torch.set_float32_matmul_precision(before)
 
 
+ONES = torch.ones(1, 1, 4, 8)
+WIDE = torch.ones(1, 1, 2, 264)
 BAD = {
     "linear: activation 'tanh'": lambda: ops.linear(
         torch.ones(2, 4), torch.ones(3, 4), activation="tanh"
@@ -112,13 +114,11 @@ BAD = {
     r"layer_norm: weight has shape \[3\]": lambda: ops.layer_norm(
         torch.ones(2, 4), torch.ones(3), None
     ),
-    r"attention: attn_mask \[7\]": lambda: ops.attention(
-        *torch.ones(3, 1, 1, 4, 8), attn_mask=torch.ones(7)
-    ),
+    r"attention: attn_mask \[7\]": lambda: ops.attention(ONES, ONES, ONES, attn_mask=torch.ones(7)),
     r"no keys": lambda: ops.attention(
         torch.ones(1, 1, 4, 8), torch.ones(1, 1, 0, 8), torch.ones(1, 1, 0, 8)
     ),
-    r"head dimension 264": lambda: ops.attention(*torch.ones(3, 1, 1, 2, 264)),
+    r"head dimension 264": lambda: ops.attention(WIDE, WIDE, WIDE),
     r"num_heads=5": lambda: ops.attention_qkv(torch.ones(1, 2, 12), 5),
     r"mlp: .*w2 \[4, 9\]": lambda: ops.mlp(
         torch.ones(2, 4), torch.ones(8, 4), None, torch.ones(4, 9), None

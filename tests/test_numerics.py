@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -77,7 +78,7 @@ def test_shapes_must_agree():
         numerics.measure("output", TRUTH[None], TRUTH, TRUTH)
 
 
-def linear_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def linear_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (33, 48), "weight": (24, 48), "bias": (24,)}
     return {
@@ -112,7 +113,7 @@ def test_an_error_three_times_eagers_fails():
     inputs = linear_inputs()
     truth = linear_reference(**{name: value.double() for name, value in inputs.items()})
 
-    def fast(**inputs: Tensor) -> Tensor:
+    def fast(**inputs: Any) -> Tensor:
         return (truth + 4 * (linear_reference(**inputs) - truth)).float()
 
     report = numerics.compare(fast, linear_reference, inputs)
@@ -125,27 +126,28 @@ def test_an_error_three_times_eagers_fails():
 
 
 def tiny_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
     model = timm.create_model("test_vit", depth=2, num_classes=10).eval()
-    numerics.randomise_vectors(model, seed)
+    numerics.randomise(model, seed)
     return model
 
 
 IMAGES = torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(1))
 
 
-def test_randomise_vectors_reaches_every_vector_and_no_matrix():
-    before = timm.create_model("test_vit", depth=1, init_values=1e-5)
-    after = copy.deepcopy(before)
-    numerics.randomise_vectors(after, 0)
-    changed = {
-        name
-        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
-        if not torch.equal(old, new)
-    }
-    vectors = {name for name, p in before.named_parameters() if max(p.shape) == p.numel()}
-    assert changed == vectors
-    assert {"cls_token", "blocks.0.ls1.gamma", "blocks.0.attn.qkv.bias", "norm.weight"} < vectors
+def test_randomise_leaves_nothing_at_its_initial_value():
+    model = timm.create_model("test_vit", depth=1, init_values=1e-5)
+    before = copy.deepcopy(model.state_dict())
+    numerics.randomise(model, 0)
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+        sizes[name] = float(parameter.detach().square().mean().sqrt())
+    # within 20 %: 64 values or more are drawn
+    assert sizes["blocks.0.attn.qkv.weight"] == pytest.approx(64**-0.5, rel=0.2)
+    assert sizes["patch_embed.proj.weight"] == pytest.approx((3 * 16 * 16) ** -0.5, rel=0.2)
+    assert sizes["blocks.0.ls1.gamma"] == pytest.approx(1.09**0.5, rel=0.2)
+    assert sizes["blocks.0.attn.qkv.bias"] == pytest.approx(0.3, rel=0.2)
+    assert sizes["cls_token"] == pytest.approx(0.3, rel=0.2)
 
 
 def test_an_accelerated_model_passes_with_gradients():
@@ -161,7 +163,7 @@ def test_an_accelerated_model_passes_with_gradients():
 
 def test_pooled_features_are_what_the_head_is_given():
     model = tiny_model()
-    logits, pooled = numerics._run_model(model, IMAGES, gradients=(), seed=0)
+    logits, pooled = numerics._run_model(model, IMAGES, gradients=(), seed=0, dtype=torch.float32)
     assert torch.equal(logits, model(IMAGES))
     assert torch.equal(pooled, model.forward_head(model.forward_features(IMAGES), pre_logits=True))  # type: ignore
 
@@ -188,6 +190,20 @@ def test_a_lost_image_fails_and_an_undecided_one_does_not():
     assert numerics.compare_models(tied, tied, IMAGES).lost == 0
 
 
+def test_autocast_is_judged_beside_eagers_autocast():
+    model = tiny_model()
+    fast = fastvit.accelerate(copy.deepcopy(model))
+    watched = ["blocks.0.norm1.weight", "head.weight"]
+    options: dict[str, Any] = {"gradients": watched, "autocast": torch.bfloat16}
+    report = numerics.compare_models(fast, model, IMAGES, **options)
+    assert report.passed, report
+    # bfloat16's errors, not float32's
+    assert all(row.eager_rms_error > 1e-4 for row in report.rows)
+    head = fast.get_parameter("head.bias")
+    head.data += 1
+    assert not numerics.compare_models(fast, model, IMAGES, **options).passed
+
+
 def test_certify_model_is_deterministic_and_counts_what_is_not_fused():
     arguments = {"dtype": torch.float32, "depth": 1, "seed": 4}
     report = numerics.certify_model("test_vit", **arguments)  # type: ignore
@@ -202,9 +218,14 @@ def test_certify_model_refuses_a_model_of_which_nothing_is_fused():
         numerics.certify_model("resnet18", torch.float32)
 
 
-def test_a_planted_softmax_scale_is_caught_in_a_model(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_softmax_scale_wrong_by_a_tenth_is_caught_in_a_model(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
     right = ops.attention_qkv
-    monkeypatch.setattr(
-        ops, "attention_qkv", lambda qkv, heads, mask, p: right(qkv, heads, mask, p, scale=0.2)
-    )
-    assert not numerics.certify_model("test_vit", torch.float32, depth=1, backward=False).passed
+
+    def wrong(qkv: Tensor, num_heads: int, *rest: Any) -> Tensor:
+        return right(qkv, num_heads, *rest, scale=0.9 * 32**-0.5)
+
+    monkeypatch.setattr(ops, "attention_qkv", wrong)
+    assert not numerics.certify_model("test_vit", dtype, depth=1, backward=False).passed

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import RelPosBias as TimmRelPosBias
-from timm.layers import resample_abs_pos_embed
-from timm.layers import resample_patch_embed as timm_resample_patch_embed
+from timm.layers.patch_embed import resample_patch_embed as timm_resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.layers.pos_embed_rel import RelPosBias as TimmRelPosBias
 
 from fastvit.pos_embed import (
     RelPosBias,

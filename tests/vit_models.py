@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastvit
 
-__all__ = ["TINY", "assert_close", "images", "pair", "same_weights", "tiny"]
+__all__ = ["TINY", "assert_close", "differ", "images", "pair", "same_weights", "tiny"]
 
 TINY: dict[str, Any] = {
     "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5,
@@ -23,7 +23,7 @@ def tiny(**options: Any) -> fastvit.VisionTransformer:
     return model
 
 
-def pair(name: str, **options: Any) -> tuple[nn.Module, fastvit.VisionTransformer]:
+def pair(name: str, **options: Any) -> tuple[Any, Any]:
     """timm's model and ours, two blocks deep unless told, with the same weights."""
     options = {"depth": 2, **options}
     theirs = build(name, **options)
@@ -44,6 +44,11 @@ def assert_close(ours: Any, theirs: Any) -> None:
         assert type(ours) is type(theirs)
         for a, b in zip(ours, theirs, strict=True):
             assert_close(a, b)
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether by much more than rounding explains."""
+    return error(a.detach(), b.detach()) > 100 * TOLERANCE
 
 
 def same_weights(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[str, Tensor]) -> bool:

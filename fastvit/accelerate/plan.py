@@ -35,7 +35,7 @@ class Part:
     """A module that a library's file knows: the class `accelerate` gives it, and its row."""
 
     module: nn.Module
-    fast: type[nn.Module] | None  # None: it stays as it is
+    fast: type[nn.Module] | None  # None: it cannot be fused and stays as it is
     row: PlanRow | None  # None: the whole model, whose parts have rows
 
 
@@ -84,7 +84,8 @@ class Plan:
         """For rich to print; neighbours that differ in their number only share a line."""
         from rich.table import Table
 
-        state = "" if self.accelerated else " by accelerate(model), not called yet"
+        waiting = not self.accelerated and any(row.fused for row in self.rows)
+        state = " by accelerate(model), not called yet" if waiting else ""
         count = f"{len(self.fused_blocks)} of {len(self.fused_blocks + self.left_blocks)} blocks"
         table = Table(
             title=f"fastvit: {count} fused{state}",
@@ -124,11 +125,17 @@ def check_module(model: object) -> None:
 def find_parts(model: nn.Module) -> list[Part]:
     """What the files of all libraries know inside `model`; a TypeError for no nn.Module."""
     check_module(model)
-    if "timm" not in sys.modules:  # then no module can be timm's
-        return []
-    from fastvit.accelerate.timm import find
+    parts: list[Part] = []
+    # no module can come from a library that nobody has imported
+    if "timm" in sys.modules:
+        from fastvit.accelerate import timm
 
-    return find(model)
+        parts += timm.find(model)
+    if "fastvit.vit" in sys.modules:
+        from fastvit.accelerate import own
+
+        parts += own.find(model)
+    return parts
 
 
 def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
@@ -137,7 +144,7 @@ def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
     fast = [part for part in parts if part.fast is not None]
     note = None
     if not parts:
-        note = f"no block of a known library (timm) in this {type(model).__name__}"
+        note = f"no block of a known library (timm, fastvit) in this {type(model).__name__}"
     return Plan(
         rows=rows,
         accelerated=bool(fast) and all(type(part.module) is part.fast for part in fast),

@@ -79,11 +79,12 @@ def bench_model(
     result = Race()
     if checked["passed"]:
         torch.compiler.reset()
-        works: dict[str, Callable[[], object]] = {
-            OURS: on_ours(_job(fast, images, train, autocast))
-        }
-        for peer, module in _peers(model, device, batch, train, quick):
-            works[peer] = _job(module, images, train, autocast)
+        prepare = functools.partial(
+            _job, batch=batch, device=device, train=train, autocast=autocast
+        )
+        jobs = {OURS: on_ours(prepare(fast))}
+        jobs |= {peer: prepare(m) for peer, m in _peers(model, device, batch, train, quick)}
+        works = rotating(jobs, [{"x": x} for x in images])
         result = race(works, budget_s=budget_s, min_rounds=5, device=device)
     return Result(
         kind=kind,
@@ -98,11 +99,9 @@ def bench_model(
 
 
 def _timm_model(name: str, seed: int) -> Any:
-    """timm's model with random weights, none of them 0 or 1."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = import_timm().create_model(name, num_classes=1000)
-    numerics.randomise_vectors(model, seed)
+    """timm's model with weights of `numerics.randomise`, so that its check means something."""
+    model = import_timm().create_model(name, num_classes=1000)
+    numerics.randomise(model, seed)
     return model
 
 
@@ -130,14 +129,13 @@ def _peers(
 
 
 def _job(
-    model: nn.Module, images: list[Tensor], train: bool, autocast: torch.dtype | None
-) -> Callable[[], object]:
-    """What is timed: a forward without gradients, or a training step."""
+    model: nn.Module, *, batch: int, device: torch.device, train: bool, autocast: torch.dtype | None
+) -> Callable[..., object]:
+    """What is timed, of images `x`: a forward without gradients, or a training step."""
     if not train:
-        return rotating(torch.inference_mode()(model.__call__), [{"x": x} for x in images])
+        return torch.inference_mode()(model.__call__)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    device = images[0].device
-    labels = torch.randint(1000, (len(images[0]),), device=device)
+    labels = torch.randint(1000, (batch,), device=device)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
@@ -146,7 +144,7 @@ def _job(
         loss.backward()
         optimizer.step()
 
-    return rotating(step, [{"x": x} for x in images])
+    return step
 
 
 def _flops(name: str, batch: int, train: bool) -> int:

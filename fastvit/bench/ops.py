@@ -65,8 +65,7 @@ def bench_op(
     if checked["passed"]:
         torch.compiler.reset()  # earlier cases count towards its limit of recompilations
         with torch.no_grad():
-            contenders = dict(_contenders(spec, ours, device))
-            works = {name: rotating(function, inputs) for name, function in contenders.items()}
+            works = rotating(dict(_contenders(spec, ours, device)), inputs)
             result = race(works, budget_s=budget_s, min_rounds=5, device=device, cold=True)
     return Result(
         kind="op",

@@ -6,8 +6,9 @@ Times are seconds. On a GPU they come from CUDA events, on a CPU from a wall clo
 from __future__ import annotations
 
 import itertools
+import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,7 +86,9 @@ def interleaved(
     device: torch.device,
     cold: bool = False,
 ) -> dict[str, Timing]:
-    """Call every function once a round, starting one further each round, after a warm-up round.
+    """Call every function once a round, in a new random order each round, after a warm-up round.
+
+    In a fixed order each would always run in what the same predecessor left in the caches.
 
     Args:
         functions: contenders; each call does the whole job (see `rotating` for fresh inputs).
@@ -106,11 +109,12 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         _seconds(functions[name], device, scratch)
+    shuffle = random.Random(0).shuffle
     start = time.perf_counter()
     done = 0
     while done < min_rounds or time.perf_counter() - start < budget_s:
-        first = done % len(names)
-        for name in names[first:] + names[:first]:
+        shuffle(names)
+        for name in names:
             samples[name].append(_seconds(functions[name], device, scratch))
         done += 1
     return {name: summary(values) for name, values in samples.items()}
@@ -122,10 +126,17 @@ def summary(samples: list[float]) -> Timing:
     return Timing(median, p10, p90, len(samples))
 
 
-def rotating(function: Callable[..., object], inputs: Iterable[Mapping[str, object]]) -> Work:
-    """`function` on the next of `inputs` at each call, so that no call finds its own in a cache."""
-    turns = itertools.cycle(inputs)
-    return lambda: function(**next(turns))
+def rotating(
+    functions: Mapping[str, Callable[..., object]], inputs: Sequence[Mapping[str, object]]
+) -> dict[str, Work]:
+    """Each function on the next of `inputs` at each call, every function starting at another one,
+    so that no call finds its inputs in a cache."""
+
+    def work(function: Callable[..., object], first: int) -> Work:
+        turns = itertools.islice(itertools.cycle(inputs), first, None)
+        return lambda: function(**next(turns))
+
+    return {name: work(function, i) for i, (name, function) in enumerate(functions.items())}
 
 
 def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

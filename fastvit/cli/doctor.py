@@ -26,24 +26,20 @@ def diagnosis() -> dict[str, Any]:
     from fastvit.environment import environment
 
     facts = environment()
-    try:
-        paths = {"cpu": path_taken("cpu"), "gpu": path_taken("gpu")}
-    except ValueError as error:  # FASTVIT_BACKEND holds no known name
-        paths = {kind: ("none", str(error)) for kind in ("cpu", "gpu")}
+    paths = {}
+    for kind in ("cpu", "gpu"):
+        path, reason = path_taken(kind)
+        paths[kind] = {"path": path, "reason": reason}
     return {
         "environment": facts,
-        "paths": {kind: {"path": path, "reason": why} for kind, (path, why) in paths.items()},
+        "paths": paths,
         "tuning_tables": tuning_tables(facts["gpu_arch"]),
     }
 
 
 def path_taken(kind: str) -> tuple[str, str]:
     """``triton``, ``interpret``, ``torch`` or ``none``, and why our ops take it on `kind`, ``cpu``
-    or ``gpu`` tensors.
-
-    Raises:
-        ValueError: FASTVIT_BACKEND holds no known name.
-    """
+    or ``gpu`` tensors."""
     from fastvit.kernels._library import current_path, gpu_problem
 
     path = current_path()

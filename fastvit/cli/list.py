@@ -26,7 +26,8 @@ def list_models(
     if as_json:
         print_json(models)
         return
-    table = Table("model", title=f"{len(models)} models")
+    table = Table(title=f"{len(models)} models")
+    table.add_column("model", overflow="fold")
     for header in ("image", "patch", "width", "depth", "heads", "parameters"):
         table.add_column(header, justify="right", no_wrap=True)
     for model in models:

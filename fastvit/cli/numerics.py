@@ -251,26 +251,20 @@ def _record(entries: list[dict[str, Any]], settings: Settings, passed: bool) -> 
 
 def _print(entries: list[dict[str, Any]], settings: Settings) -> None:
     subject = "op" if "op" in entries[0] else "model"
-    labels = (subject, "dtype", "case") if subject == "op" else (subject, "dtype")
     table = Table(title="error against float64, beside that of eager PyTorch in the same dtype")
-    for header in (*labels, "tensor"):
-        table.add_column(header, overflow="fold")
-    for header in ("max", "eager", "RMS", "eager", "ratio", "verdict"):
+    table.add_column(f"{subject}, dtype, case, tensor", overflow="fold")
+    for header in ("max", "eager", "RMS", "eager", "ratio", ""):
         table.add_column(header, justify="right", no_wrap=True)
-    previous = None
+    group = None
     for entry in entries:
-        group = (entry[subject], entry["dtype"])
-        if group != previous:
+        if group != (entry[subject], entry["dtype"]):
+            group = (entry[subject], entry["dtype"])
             table.add_section()
-        # names are not repeated down a group
-        cells = [
-            *(("", "") if group == previous else group),
-            *([entry["case"]] if "case" in entry else []),
-        ]
-        previous = group
-        for line in _lines(entry):
-            table.add_row(*cells, *line)
-            cells = [""] * len(cells)
+            table.add_row(Text(", ".join(group), "bold"))
+        case = f"{entry['case']}: " if "case" in entry else ""
+        for tensor, *cells in _lines(entry):
+            table.add_row(f"{case}{tensor}", *cells)
+            case = "  " if case else ""
     out = console()
     out.print(table)
     _print_summary(out, entries, settings)

@@ -88,7 +88,6 @@ _rms_norm = define_op(
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     check_tensors(op, x, weight=weight, bias=bias)
-    check_same_dtype(op, x, weight=weight, bias=bias)
     if x.dim() < 1 or not 0 < x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{op}: x {list(x.shape)} needs a last dimension from 1 to {MAX_WIDTH}")
     check_shape(op, "weight", weight, x.shape[-1])
@@ -102,8 +101,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     Args:
         x: [..., D], D up to 16384.
-        weight: [D] or None for ones.
-        bias: [D] or None for zeros.
+        weight: [D] or None for ones; of x's dtype or float32.
+        bias: [D] or None for zeros; of weight's dtype.
         eps: added to the variance.
 
     Returns:
@@ -116,6 +115,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Source: arXiv:1607.06450, equation 4.
     """
     _check("layer_norm", x, weight, bias)
+    if weight is None or weight.dtype != torch.float32 or x.dtype == torch.float64:
+        check_same_dtype("layer_norm", x, weight=weight, bias=bias)
     op = _layer_norm if uses_triton(x) else layer_norm_reference
     return op(x, weight, bias, eps)
 
@@ -126,5 +127,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     Arguments, result and errors as in `layer_norm`. Source: arXiv:1910.07467, equation 4.
     """
     _check("rms_norm", x, weight, None)
+    check_same_dtype("rms_norm", x, weight=weight)
     op = _rms_norm if uses_triton(x) else rms_norm_reference
     return op(x, weight, eps)

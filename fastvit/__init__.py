@@ -1,6 +1,8 @@
 """Vision Transformers on Triton kernels: the same weights and outputs, checked."""
 
 from fastvit import numerics, ops
+
+# at once: imported later, the subpackage would take the place of the function of its name
 from fastvit.accelerate import Plan, accelerate, explain, restore
 from fastvit.models import create_model
 from fastvit.variants import list_models

@@ -104,27 +104,36 @@ def activation_name(act: nn.Module) -> str | None:
     return names.get(kind)
 
 
-def is_plain(module: nn.Module | None) -> bool:
-    """Whether a module and all below it are as this file builds them: no hooks, no replaced
+def is_plain(*modules: nn.Module | None) -> bool:
+    """Whether modules and all below them are as this file builds them: no hooks, no replaced
     layers, no quantised or sharded weights.
 
     Only then may an op read a layer's weights without calling the layer.
     """
-    return module is None or (
-        type(module) in _KNOWN
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-        and (
-            type(module._parameters.get("weight")) in _PLAIN_WEIGHTS
-            or torch.compiler.is_exporting()  # which puts fake tensors in their place
-        )
-        and not _has_any_global_hook()
+    return not _has_any_global_hook() and all(map(_is_plain, modules))
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    if module is None:
+        return True
+    state = module.__dict__  # this runs for every layer in every forward
+    if (
+        type(module) not in _KNOWN
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    ):
+        return False
+    weight = state["_parameters"].get("weight")
+    if type(weight) not in _PLAIN_WEIGHTS and not torch.compiler.is_exporting():
+        return False  # exporting puts fake tensors in their place
+    for name, child in state["_modules"].items():
         # a relative position bias is always called as a module
-        and all(is_plain(m) for name, m in module._modules.items() if name != "rel_pos")
-    )
+        if name != "rel_pos" and not _is_plain(child):
+            return False
+    return True
 
 
 class LayerNorm(nn.LayerNorm):

@@ -75,7 +75,7 @@ class Block(nn.Module):
 
         Where a layer has a hook or was replaced, every layer is called on its own.
         """
-        if all(map(is_plain, self._modules.values())):
+        if is_plain(*self._modules.values()):
             return fused_block(self, x, self.attn.add_rel_pos(attn_mask))
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

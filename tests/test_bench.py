@@ -133,6 +133,34 @@ def test_the_roof_is_flops_and_bytes_over_time(monkeypatch: pytest.MonkeyPatch):
     assert roof["copy_bytes_per_s"] == 4 * 2**27
 
 
+def test_a_gpu_is_timed_by_events_around_the_call_alone(monkeypatch: pytest.MonkeyPatch):
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("record")
+
+        def synchronize(self) -> None:
+            happened.append("wait for end")
+
+        def elapsed_time(self, end: object) -> float:
+            return 2.5  # milliseconds
+
+    class Scratch:
+        def zero_(self) -> None:
+            happened.append("clear cache")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("wait"))
+    scratch: Any = Scratch()
+    work = lambda: happened.append("work")  # noqa: E731
+    assert timing._seconds(work, torch.device("cuda"), scratch) == 2.5e-3
+    assert happened == ["wait", "clear cache", "record", "work", "record", "wait for end"]
+
+
 # --------------------------------------------------------------------------- what is timed
 
 

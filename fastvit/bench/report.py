@@ -265,7 +265,8 @@ def _html(record: dict[str, Any], chart: Path | None) -> str:
         body += [f'<p class="note">{escape(note)}</p>' for note in remarks(result)]
     body.append("<h2>Environment</h2><table>")
     for key, value in (record["environment"] | record["roof"]).items():
-        body.append(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>")
+        if value is not None:
+            body.append(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>")
     body.append("</table>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -296,7 +296,8 @@ def certify_model(
     """
     from fastvit._compat import import_timm
     from fastvit.accelerate import accelerate
-    from fastvit.accelerate.plan import find_parts, make_plan
+    from fastvit.accelerate.find import find_parts
+    from fastvit.accelerate.plan import make_plan
 
     shape = {} if depth is None else {"depth": depth}
     # some names, such as DINOv2's, come without a classifier

@@ -16,6 +16,7 @@ import fastvit
 from fastvit.accelerate import accelerate, explain, restore
 from fastvit.accelerate import plan as plans
 from fastvit.accelerate import timm as fast
+from fastvit.accelerate.find import find_parts
 
 # one of each combination of axes that occurs in vision_transformer.py and deit.py
 ARCHITECTURES = [
@@ -110,7 +111,7 @@ def test_coverage():
     for module in ("vision_transformer", "deit"):
         for name in timm.list_models(module=module):
             model: Any = timm.create_model(name, depth=2, device="meta")
-            plan = plans.make_plan(model, plans.find_parts(model))
+            plan = plans.make_plan(model, find_parts(model))
             left = {row.reason for row in plan.rows if row.module in plan.left_blocks}
             assert plan.fused_blocks or left
             reasons[", ".join(map(str, left)) or "fused"] += 1

@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from torch import nn
 
+from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.plan import (
     PRECISION,
     Part,
     Plan,
     PlanRow,
     check_module,
-    find_parts,
     gpu_obstacle,
     make_plan,
 )

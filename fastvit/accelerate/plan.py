@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -120,22 +119,6 @@ def check_module(model: object) -> None:
     """Raises a TypeError for what is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
-
-
-def find_parts(model: nn.Module) -> list[Part]:
-    """What the files of all libraries know inside `model`; a TypeError for no nn.Module."""
-    check_module(model)
-    parts: list[Part] = []
-    # no module can come from a library that nobody has imported
-    if "timm" in sys.modules:
-        from fastvit.accelerate import timm
-
-        parts += timm.find(model)
-    if "fastvit.vit" in sys.modules:
-        from fastvit.accelerate import own
-
-        parts += own.find(model)
-    return parts
 
 
 def make_plan(model: nn.Module, parts: list[Part]) -> Plan:

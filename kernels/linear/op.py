@@ -83,17 +83,6 @@ def launch_linear(
     return y
 
 
-def eager_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    scale: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    return linear_reference(x, weight, bias, activation=activation, scale=scale, residual=residual)
-
-
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -110,7 +99,7 @@ _linear = define_op(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? scale, Tensor? residual)",
     launch=launch_linear,
-    eager=eager_linear,
+    eager=linear_reference,
     fake=_fake,
     flops=lambda x, weight, *rest: 2 * rows(x) * weight[0] * weight[1],
     autocast=("x", "weight", "bias"),
@@ -177,5 +166,5 @@ def linear(
     check_shape("linear", "bias", bias, n)
     check_shape("linear", "scale", scale, n)
     check_shape("linear", "residual", residual, *x.shape[:-1], n)
-    op = _linear if uses_triton(x) else eager_linear
+    op = _linear if uses_triton(x) else linear_reference
     return op(x, weight, bias, activation, scale, residual)

@@ -31,7 +31,6 @@ def linear_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     activation: str | None = None,
     scale: Tensor | None = None,
     residual: Tensor | None = None,

@@ -33,19 +33,6 @@ def _launch(
     return launch_linear(hidden, w2, b2, "none", scale, residual)
 
 
-def _eager(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-    scale: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    return mlp_reference(x, w1, b1, w2, b2, activation=activation, scale=scale, residual=residual)
-
-
 def _fake(
     x: Tensor,
     w1: Tensor,
@@ -64,7 +51,7 @@ _mlp = define_op(
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, "
     "Tensor? scale, Tensor? residual)",
     launch=_launch,
-    eager=_eager,
+    eager=mlp_reference,
     fake=_fake,
     flops=lambda x, w1, b1, w2, *rest: 2 * rows(x) * w1[0] * (w1[1] + w2[0]),
     autocast=("x", "w1", "b1", "w2", "b2"),
@@ -119,5 +106,5 @@ def mlp(
     check_shape("mlp", "b2", b2, n)
     check_shape("mlp", "scale", scale, n)
     check_shape("mlp", "residual", residual, *x.shape[:-1], n)
-    op = _mlp if uses_triton(x) else _eager
+    op = _mlp if uses_triton(x) else mlp_reference
     return op(x, w1, b1, w2, b2, activation, scale, residual)

@@ -11,7 +11,6 @@ def mlp_reference(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    *,
     activation: str | None = "gelu",
     scale: Tensor | None = None,
     residual: Tensor | None = None,

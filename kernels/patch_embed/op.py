@@ -100,20 +100,6 @@ def _launch(
     return out
 
 
-def _eager(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
-    return patch_embed_reference(
-        images, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
-    )
-
-
 def _fake(
     images: Tensor,
     weight: Tensor,
@@ -139,7 +125,7 @@ _patch_embed = define_op(
     "(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
     "float[]? mean, float[]? std)",
     launch=_launch,
-    eager=_eager,
+    eager=patch_embed_reference,
     fake=_fake,
     flops=_flops,
     autocast=("images", "weight", "bias"),
@@ -226,5 +212,5 @@ def patch_embed(
         None if mean is None else [float(value) for value in mean],
         None if std is None else [float(value) for value in std],
     )  # fmt: skip
-    op = _patch_embed if uses_triton(weight) else _eager
+    op = _patch_embed if uses_triton(weight) else patch_embed_reference
     return op(*args)

@@ -11,7 +11,6 @@ def patch_embed_reference(
     images: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     pos_embed: Tensor | None = None,
     prefix: Tensor | None = None,
     mean: Sequence[float] | None = None,

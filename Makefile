@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench numerics
+.PHONY: demo test test-slow lint bench audit numerics
 demo: $(INSTALLED)
 	$(BIN)/fastvit demo
 
@@ -23,6 +23,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/fastvit bench models
 	$(BIN)/fastvit bench ops
+
+audit: $(INSTALLED)
+	$(BIN)/fastvit audit
 
 numerics: $(INSTALLED)
 	$(BIN)/fastvit numerics

@@ -34,11 +34,11 @@ from fastvit.kernels._spec import Case, OpSpec, all_specs
 MATRIX_OPCODE = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
 ARCHITECTURES = tuple(MATRIX_OPCODE)
 _TYPE_NAMES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.uint8: "*u8",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
 }
 
 
@@ -50,15 +50,18 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int]
 
+    def is_constant(self, parameter: Any) -> bool:
+        """Whether the compiler sees the value of a parameter: constexpr, None, 1."""
+        value = self.arguments[parameter.name]
+        return parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1)
+
     def key(self) -> tuple[object, ...]:
         """What the compiler specialises on: launches with equal keys share machine code."""
         arguments = tuple(
-            _type_name(value) if isinstance(value, Tensor)
-            else (str(value) if parameter.is_constexpr or value is None or value == 1
-                  else (_type_name(value), value % 16 == 0))
+            str(value) if self.is_constant(parameter) else (_type_name(value), _is_aligned(value))
             for parameter in self.kernel.params
             for value in [self.arguments[parameter.name]]
-        )  # fmt: skip
+        )
         return (self.kernel.__name__, arguments, tuple(self.options.items()))
 
 
@@ -191,12 +194,12 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if launch.is_constant(parameter):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
         signature[parameter.name] = _type_name(value)
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if _is_aligned(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     if arch.startswith("gfx"):
@@ -280,10 +283,17 @@ def _call_launcher(spec: OpSpec, inputs: dict[str, Any]) -> None:
         spec.op(**inputs)
 
 
+def _is_aligned(value: Any) -> bool:
+    """Pointers are taken to be, as PyTorch's are; numbers are if 16 divides them."""
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
 def _type_name(value: Any) -> str:
     if isinstance(value, Tensor):
-        return _TYPE_NAMES[value.dtype]
-    return "i32" if value < 2**31 else "i64"
+        return f"*{_TYPE_NAMES[value.dtype]}"
+    if isinstance(value, int):
+        return "i32" if value < 2**31 else "i64"
+    return f"tensordesc<{_TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -24,6 +24,16 @@ def architecture(device: torch.device) -> str:
     return _architecture(device.index) if device.type == "cuda" else _emulated
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; an H200's 132 for a tensor elsewhere."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 @contextlib.contextmanager
 def emulate(arch: str) -> Iterator[None]:
     """Give tensors that are on no GPU the tiles of `arch`."""

@@ -30,7 +30,10 @@ def in_fresh_process(code: str, *args: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm100", "gfx942")]
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", *SLOW])
 @pytest.mark.parametrize("name", specs_with_kernels())
 def test_every_forward_kernel_compiles_well(name, arch):
     rows = json.loads(in_fresh_process(AUDIT, name, arch))
@@ -137,3 +140,40 @@ def test_problems_name_what_is_wrong():
         "operands with unequal buffers [(2, 3)]",
     ]
     assert bad.blocks == 0
+
+
+@pytest.mark.slow
+def test_triton_3_6_compiles_every_kernel(tmp_path):
+    """The older triton that we support, in a folder of its own."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    env = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    subprocess.run([*install, tmp_path, "triton==3.6.0"], check=True, env=env)
+    command = [sys.executable, "-m", "fastvit", "audit", "--arch", "sm90", "--json"]
+    env = {**env, "PYTHONPATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    env.pop("TRITON_INTERPRET")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    record = json.loads(done.stdout)
+    assert record["passed"]
+    assert len(record["kernels"]) > 100
+
+
+def test_the_command_refuses_what_it_does_not_know():
+    from typer.testing import CliRunner
+
+    from fastvit.cli.main import app
+
+    run = CliRunner().invoke(app, ["audit", "--arch", "sm75"], env={"TRITON_INTERPRET": "0"})
+    assert run.exit_code == 2
+    assert "sm75" in run.output
+    run = CliRunner().invoke(app, ["audit"])
+    assert run.exit_code == 2
+    assert "TRITON_INTERPRET" in run.output
+
+
+def test_the_command_prints_a_table_and_its_verdict():
+    printed = in_fresh_process(
+        "from fastvit.cli.main import app; app(['audit', '--arch', 'sm90', '--op', 'rms_norm'])"
+    )
+    assert "sm90, rms_norm" in printed
+    assert "compiled kernels are sound" in printed

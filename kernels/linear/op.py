@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvit.kernels._checks import check_same_dtype, check_shape, check_tensors
-from fastvit.kernels._device import architecture
+from fastvit.kernels._device import architecture, multiprocessors
 from fastvit.kernels._library import define_op, launch, uses_triton
-from fastvit.kernels._tuning import cdiv, lookup
+from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.linear.reference import ACTIVATIONS, linear_reference
 
 GROUP_M = 8
+PORTABLE = TileConfig(64, 64, BLOCK_K=32)  # for operands that a table's ``tma`` cannot read
 
 
 def result_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
@@ -37,50 +40,90 @@ def launch_linear(
     scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """The Triton path; arguments as in `linear`, [..., K] to a contiguous [..., N]."""
+    """The Triton path; arguments as in `linear`, [..., K] to a contiguous [..., N].
+
+    The tuning table chooses a backend with the tile: ``cublas`` is PyTorch's own product with its
+    epilogue in separate passes, ``tma`` and the portable ``""`` are ours.
+    """
     import triton.language as tl
 
-    from fastvit.kernels.linear.kernel import linear_kernel
+    from fastvit.kernels.linear.kernel import linear_kernel, linear_tma_kernel
 
     n, k = weight.shape
+    m = math.prod(x.shape[:-1])
+    tile = lookup("linear", architecture(x.device), x.dtype, M=m, N=n, K=k)
+    if tile.backend == "cublas":
+        return linear_reference(x, weight, bias, activation, scale, residual).contiguous()
     y = x.new_empty(*x.shape[:-1], n, dtype=result_dtype(x, scale, residual))
     if y.numel() == 0:
         return y
     x2 = x.reshape(-1, k)
+    if activation == "gelu" and y.dtype == torch.bfloat16:
+        activation = "gelu_polynomial"
     residual2 = None if residual is None else residual.reshape(-1, n)
-    m = x2.shape[0]
-    tile = lookup("linear", architecture(x.device), x.dtype, M=m, N=n, K=k)
+    if tile.backend == "tma" and not (_fits_tma(x2) and _fits_tma(weight)):
+        tile = PORTABLE
     programs = cdiv(m, tile.BLOCK_M) * cdiv(n, tile.BLOCK_N)
+    common: dict[str, Any] = {
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "scale_ptr": None if scale is None else scale.contiguous(),
+        "residual_ptr": residual2,
+        "y_ptr": y,
+        "M": m,
+        "N": n,
+        "K": k,
+        "stride_rm": 0 if residual2 is None else residual2.stride(0),
+        "stride_rn": 0 if residual2 is None else residual2.stride(1),
+        "stride_ym": n,
+        "ACTIVATION": activation,
+        "GROUP_M": GROUP_M,
+        "SUBTILES": tile.subtiles,
+        "BLOCK_M": tile.BLOCK_M,
+        "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_K": tile.BLOCK_K,
+    }
+    if tile.backend == "tma":
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        if tile.persistent:
+            programs = min(programs, tile.persistent * multiprocessors(x.device))
+        launch(
+            linear_tma_kernel,
+            programs,
+            tile,
+            PERSISTENT=tile.persistent > 0,
+            x_desc=TensorDescriptor.from_tensor(x2, [tile.BLOCK_M, tile.BLOCK_K]),
+            weight_desc=TensorDescriptor.from_tensor(weight, [tile.BLOCK_N, tile.BLOCK_K]),
+            **common,
+        )
+        return y
     launch(
         linear_kernel,
         programs,
         tile,
         x_ptr=x2,
         weight_ptr=weight,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        scale_ptr=None if scale is None else scale.contiguous(),
-        residual_ptr=residual2,
-        y_ptr=y,
-        M=m,
-        N=n,
-        K=k,
         stride_xm=x2.stride(0),
         stride_xk=x2.stride(1),
         stride_wn=weight.stride(0),
         stride_wk=weight.stride(1),
-        stride_rm=0 if residual2 is None else residual2.stride(0),
-        stride_rn=0 if residual2 is None else residual2.stride(1),
-        stride_ym=n,
-        ACTIVATION=activation,
         PRECISION=float32_precision(x.dtype),
         ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
         EVEN_K=k % tile.BLOCK_K == 0,
-        GROUP_M=GROUP_M,
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
+        **common,
     )
     return y
+
+
+def _fits_tma(matrix: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: 16-byte rows, last dimension packed."""
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    return (
+        matrix.numel() > 0
+        and matrix.stride(1) == 1
+        and row_bytes % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
 
 
 def _fake(
@@ -101,14 +144,9 @@ _linear = define_op(
     launch=launch_linear,
     eager=linear_reference,
     fake=_fake,
-    flops=lambda x, weight, *rest: 2 * rows(x) * weight[0] * weight[1],
+    flops=lambda x, weight, *rest: 2 * math.prod(x[:-1]) * weight[0] * weight[1],
     autocast=("x", "weight", "bias"),
 )
-
-
-def rows(shape: tuple[int, ...]) -> int:
-    """Product of all sizes but the last."""
-    return functools.reduce(lambda a, b: a * b, shape[:-1], 1)
 
 
 def check_activation(op: str, activation: str | None) -> str:
@@ -142,7 +180,9 @@ def linear(
         x: [..., K].
         weight: [N, K].
         bias: [N].
-        activation: ``gelu`` (exact erf), ``gelu_tanh``, ``quick_gelu``, ``silu``, ``relu``, None.
+        activation: ``gelu`` (exact erf; where the result is bfloat16, a polynomial within 4e-5 of
+            it, see `kernels/_epilogue.py`), ``gelu_tanh``, ``quick_gelu``, ``silu``, ``relu`` or
+            None.
         scale: [N], LayerScale's gamma (arXiv:2103.17239, equation 4).
         residual: [..., N].
 

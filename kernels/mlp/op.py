@@ -6,6 +6,8 @@ shared memory, so one kernel would be slower than two.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from fastvit.kernels._checks import check_same_dtype, check_shape, check_tensors
@@ -14,7 +16,6 @@ from fastvit.kernels.linear.op import (
     check_activation,
     launch_linear,
     result_dtype,
-    rows,
 )
 from fastvit.kernels.mlp.reference import mlp_reference
 
@@ -53,7 +54,7 @@ _mlp = define_op(
     launch=_launch,
     eager=mlp_reference,
     fake=_fake,
-    flops=lambda x, w1, b1, w2, *rest: 2 * rows(x) * w1[0] * (w1[1] + w2[0]),
+    flops=lambda x, w1, b1, w2, *rest: 2 * math.prod(x[:-1]) * w1[0] * (w1[1] + w2[0]),
     autocast=("x", "w1", "b1", "w2", "b2"),
 )
 

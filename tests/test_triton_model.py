@@ -56,7 +56,7 @@ def swapped_layer_scale(arguments):
 
 
 def missing_bias(arguments):
-    if "weight_ptr" in arguments and arguments.get("scale_ptr") is not None:
+    if arguments.get("scale_ptr") is not None:
         arguments["bias_ptr"] = None
 
 

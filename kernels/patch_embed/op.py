@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -34,12 +35,18 @@ def fold_normalization(
     full_scale, shift = (255.0, 128.0) if is_bytes else (1.0, 0.5)
     channels = weight.shape[1]
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    mean_c = torch.tensor(mean or [0.0] * channels, dtype=wide, device=weight.device)
-    std_c = torch.tensor(std or [1.0] * channels, dtype=wide, device=weight.device)
+    mean_c = _constant(tuple(mean or [0.0] * channels), wide, weight.device)
+    std_c = _constant(tuple(std or [1.0] * channels), wide, weight.device)
     per_channel = weight.to(wide).sum(dim=(2, 3))  # (D, C)
     offset = per_channel @ ((shift / full_scale - mean_c) / std_c)
     folded = (weight.to(wide) / (full_scale * std_c)[:, None, None]).to(weight.dtype)
     return folded, offset if bias is None else bias.to(wide) + offset, shift
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied to the device once: a copy from the host waits, and cannot be captured in a graph."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _launch(

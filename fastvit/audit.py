@@ -71,6 +71,7 @@ class Compiled:
 
     `registers` are per thread (vector registers on AMD), `stack` bytes per thread, `shared` bytes
     per block, `matrix_ops` and `loop_spills` instruction counts (on AMD all spills count),
+    `narrow_loads` those of global loads of one or two bytes (None on AMD),
     `buffers` the depths of `buffer_depths`, `blocks` how many fit one multiprocessor.
     """
 
@@ -83,6 +84,7 @@ class Compiled:
     matrix_ops: int
     loop_spills: int
     buffers: tuple[tuple[int, int], ...]
+    narrow_loads: int | None = None
 
     @property
     def blocks(self) -> int:
@@ -231,6 +233,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         stack=int(_find(r"STACK:(\d+)", usage)),
         matrix_ops=matrix_ops,
         loop_spills=loop_spills,
+        narrow_loads=len(re.findall(r"\bLDG\.E\.[US](?:8|16)\b", sass)),
     )
 
 

@@ -28,6 +28,7 @@ def patch_embed_kernel(
     stride_ic,
     stride_ih,
     stride_iw,
+    RUN: tl.constexpr,  # pixels that lie side by side in memory, from a multiple of RUN on
     SHIFT: tl.constexpr,  # subtracted from each pixel
     PREFIX: tl.constexpr,  # P
     POS_ON_PREFIX: tl.constexpr,
@@ -61,6 +62,8 @@ def patch_embed_kernel(
         channel = ks // (PH * PW)
         pixel = (ks % (PH * PW) // PW) * stride_ih + (ks % PW) * stride_iw
         offsets = corner[:, None] + (channel * stride_ic + pixel)[None, :]
+        # the compiler does not see through % 14
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, RUN)), (1, RUN))
         if K % BLOCK_K == 0:
             x = tl.load(image_ptr + offsets, mask=is_patch[:, None], other=0.0)
             w = tl.load(w_rows + ks[:, None])  # [BLOCK_K, BLOCK_N]
@@ -76,7 +79,7 @@ def patch_embed_kernel(
 
     in_cols = cols[None, :] < D
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols_in)[None, :].to(ACC)
+        bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0)[None, :].to(ACC)
         acc += tl.where(is_patch[:, None], bias, 0.0)
     if prefix_ptr is not None:
         ptrs = prefix_ptr + token[:, None] * D + cols[None, :]

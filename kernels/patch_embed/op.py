@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -91,6 +92,7 @@ def _launch(
         stride_ic=images.stride(1),
         stride_ih=images.stride(2),
         stride_iw=images.stride(3),
+        RUN=math.gcd(16, patch_w, *images.stride()[:3]) if images.stride(3) == 1 else 1,
         SHIFT=shift,
         PREFIX=prefix_count,
         POS_ON_PREFIX=pos_embed is not None and pos_embed.shape[0] == tokens,

@@ -1,16 +1,22 @@
 """Tile choice: a pure function of (op, architecture, dtype, shape).
 
-A checked-in table first (`kernels/<op>/tuning/<arch>.json`, data only), then a heuristic, so the
-first call never searches.
+What `fastvit tune` measured on this machine first (``$FASTVIT_CACHE``, else ``~/.cache/fastvit``,
+then ``tuning/<op>/<arch>.json``), then a checked-in table (`kernels/<op>/tuning/<arch>.json`, data
+only), then a heuristic, so the first call never searches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +24,19 @@ import torch
 @dataclass(frozen=True)
 class TileConfig:
     """Tile sizes of one launch. Matmuls: rows, columns and depth of a tile; attention: queries
-    and keys of a step; layer_norm: rows of a program (BLOCK_N is not read)."""
+    and keys of a step; layer_norm: rows of a program (BLOCK_N is not read). `backend` is one of the
+    op's own (`kernels/linear/op.py` has several), "" for its portable one; `subtiles` the bands of
+    columns that linear's epilogue takes one after another; `persistent` how many programs
+    a multiprocessor keeps, each going through several tiles (``tma`` only; 0: a program a tile)."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int = 0
     num_warps: int = 4
     num_stages: int = 2
+    backend: str = ""
+    subtiles: int = 1
+    persistent: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -38,8 +50,43 @@ def cdiv(total: int, block: int) -> int:
     return -(-total // block)
 
 
+class Query(NamedTuple):
+    """What one `lookup` was asked."""
+
+    op: str
+    arch: str
+    dtype: str
+    shape: tuple[tuple[str, int], ...]
+
+
+_forced: ContextVar[tuple[str, TileConfig] | None] = ContextVar("forced", default=None)
+_observed: ContextVar[list[Query] | None] = ContextVar("observed", default=None)
+
+
+@contextlib.contextmanager
+def forced(op: str, tile: TileConfig) -> Iterator[None]:
+    """Give `tile` to every `lookup` of `op` in this thread: for tuning."""
+    token = _forced.set((op, tile))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[list[Query]]:
+    """Collect what every `lookup` of this thread is asked."""
+    queries: list[Query] = []
+    token = _observed.set(queries)
+    try:
+        yield queries
+    finally:
+        _observed.reset(token)
+
+
 def lookup(op: str, arch: str, dtype: torch.dtype, **shape: int) -> TileConfig:
-    """The tiles for `op` on `arch`: the first matching row of its table, else the heuristic.
+    """The tiles for `op` on `arch`: the first matching row, of this machine's cache and then of the
+    table, else the heuristic.
 
     Args:
         op: folder name under `kernels/`.
@@ -48,18 +95,23 @@ def lookup(op: str, arch: str, dtype: torch.dtype, **shape: int) -> TileConfig:
         dtype: of the multiplied operands.
         shape: named sizes, such as ``M=197, N=768, K=768``.
     """
-    return _lookup(op, arch, str(dtype).removeprefix("torch."), tuple(sorted(shape.items())))
+    query = Query(op, arch, str(dtype).removeprefix("torch."), tuple(sorted(shape.items())))
+    if (queries := _observed.get()) is not None:
+        queries.append(query)
+    choice = _forced.get()
+    return choice[1] if choice is not None and choice[0] == op else _lookup(query)
 
 
 @functools.lru_cache(maxsize=4096)
-def _lookup(op: str, arch: str, dtype: str, shape: tuple[tuple[str, int], ...]) -> TileConfig:
-    sizes = dict(shape)
-    for row in load_table(op, nearest_table(op, arch)):
-        if dtype in row["dtype"] and all(
-            low <= sizes[name] <= high for name, (low, high) in row.get("when", {}).items()
+def _lookup(query: Query) -> TileConfig:
+    sizes = dict(query.shape)
+    table = load_table(query.op, nearest_table(query.op, query.arch))
+    for row in (*load_cache(query.op, query.arch), *table):
+        if query.dtype in row["dtype"] and all(
+            low <= sizes.get(name, -1) <= high for name, (low, high) in row.get("when", {}).items()
         ):
             return TileConfig(**row["tile"])
-    return _heuristic(op, dtype, sizes)
+    return _heuristic(query.op, query.dtype, sizes)
 
 
 def nearest_table(op: str, arch: str) -> str | None:
@@ -83,6 +135,47 @@ def table_folder(op: str) -> Path:
 def load_table(op: str, arch: str | None) -> list[dict[str, Any]]:
     """The rows of one table: ``dtype`` names, ``when`` inclusive size ranges, ``tile`` sizes."""
     return json.loads((table_folder(op) / f"{arch}.json").read_text())["rows"] if arch else []
+
+
+def cache_path(op: str, arch: str) -> Path:
+    """Where `fastvit tune` keeps what it measured for `op` on this machine's `arch`."""
+    folder = os.environ.get("FASTVIT_CACHE") or os.path.expanduser("~/.cache/fastvit")
+    return Path(folder) / "tuning" / op / f"{arch}.json"
+
+
+@functools.cache
+def load_cache(op: str, arch: str) -> list[dict[str, Any]]:
+    """The rows that `fastvit tune` measured, as `load_table`; a file that does not hold such rows
+    is ignored with a warning."""
+    path = cache_path(op, arch)
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        for row in rows:
+            _check_row(row)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"fastvit ignores {path}: {problem}", RuntimeWarning, stacklevel=2)
+        return []
+    return rows
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raises one of the errors that `load_cache` catches for anything but a row of a table."""
+    tile = TileConfig(**row["tile"])
+    sizes = [tile.BLOCK_M, tile.BLOCK_N, tile.num_warps, tile.num_stages]
+    ranges = row.get("when", {}).values()
+    if not isinstance(row["dtype"], list) or not all(low <= high for low, high in ranges):
+        raise ValueError(f"no row of a table: {row}")
+    if min(sizes) < 1 or not isinstance(tile.backend, str):
+        raise ValueError(f"no tile: {row['tile']}")
+
+
+def reload() -> None:
+    """Read tables and caches afresh, after `fastvit tune` has changed them."""
+    for cached in (_lookup, load_table, load_cache):
+        cached.cache_clear()
 
 
 def _heuristic(op: str, dtype: str, sizes: dict[str, int]) -> TileConfig:

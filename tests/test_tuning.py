@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastvit.kernels import _tuning
 from fastvit.kernels._device import architecture, emulate
 from fastvit.kernels._tuning import TileConfig, load_table, lookup, nearest_table, table_folder
 from fastvit.kernels.attention.op import key_tail, split_head_dim
@@ -49,14 +51,12 @@ def test_tables_hold_known_fields_only(op):
 def test_unknown_cards_take_the_nearest_older_table():
     assert nearest_table("linear", "sm90") == "sm90"
     assert nearest_table("linear", "sm89") == "sm80"
-    assert nearest_table("linear", "sm120") == "sm90"
+    assert nearest_table("linear", "sm120") == "sm100"
     assert nearest_table("linear", "sm75") is None
-    assert nearest_table("linear", "gfx942") is None
+    assert nearest_table("linear", "gfx90a") is None
 
 
 def test_rows_apply_in_order(tmp_path, monkeypatch):
-    from fastvit.kernels import _tuning
-
     table = {
         "source": "planted",
         "rows": [
@@ -66,13 +66,122 @@ def test_rows_apply_in_order(tmp_path, monkeypatch):
     }
     (tmp_path / "sm77.json").write_text(json.dumps(table))
     monkeypatch.setattr(_tuning, "table_folder", lambda op: Path(tmp_path))
-    for cached in (_tuning._lookup, _tuning.load_table):
-        cached.cache_clear()
+    _tuning.reload()
     assert lookup("linear", "sm77", torch.float16, M=64, N=1, K=1).BLOCK_M == 16
     assert lookup("linear", "sm77", torch.float16, M=65, N=1, K=1).BLOCK_M == 32
     assert lookup("linear", "sm77", torch.float32, M=65, N=1, K=1).BLOCK_M == 64  # heuristic
-    for cached in (_tuning._lookup, _tuning.load_table):
-        cached.cache_clear()
+    _tuning.reload()
+
+
+# --------------------------------------------------------------------------- this machine's cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Writes the cache of one op for sm90."""
+
+    def write(op: str, text: str) -> None:
+        path = _tuning.cache_path(op, "sm90")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        _tuning.reload()
+
+    monkeypatch.setenv("FASTVIT_CACHE", str(tmp_path))
+    _tuning.reload()
+    yield write
+    _tuning.reload()
+
+
+def half_lookup(m: int, n: int = 768) -> TileConfig:
+    return lookup("linear", "sm90", torch.float16, M=m, N=n, K=768)
+
+
+def test_the_cache_comes_before_the_table(cache):
+    before = half_lookup(197), half_lookup(50432)
+    row = {"dtype": ["float16"], "when": {"M": [49, 788]}, "tile": {"BLOCK_M": 16, "BLOCK_N": 16}}
+    cache("linear", json.dumps({"source": "measured", "rows": [row]}))
+    assert half_lookup(197) == TileConfig(16, 16) != before[0]
+    assert half_lookup(50432) == before[1]
+    bfloat16 = lookup("linear", "sm90", torch.bfloat16, M=197, N=768, K=768)
+    assert bfloat16 == before[0]
+
+
+def test_the_cache_is_read_once(cache):
+    half_lookup(197)
+    path = _tuning.cache_path("linear", "sm90")
+    path.parent.mkdir(parents=True)
+    path.write_text("broken")  # would give a warning, which is an error here
+    half_lookup(198)
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.delenv("FASTVIT_CACHE")
+    monkeypatch.setenv("HOME", "/somewhere")
+    expected = Path("/somewhere/.cache/fastvit/tuning/linear/sm90.json")
+    assert _tuning.cache_path("linear", "sm90") == expected
+
+
+GOOD = {"dtype": ["float16"], "tile": {"BLOCK_M": 16, "BLOCK_N": 16}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"rows": 3}',
+        '{"rows": ["x"]}',
+        json.dumps({"rows": [GOOD, {}]}),
+        json.dumps({"rows": [GOOD | {"dtype": "float16"}]}),
+        json.dumps({"rows": [GOOD | {"tile": {"BLOCK_M": 16}}]}),
+        json.dumps({"rows": [GOOD | {"tile": {"BLOCK_M": 48, "BLOCK_N": 16}}]}),
+        json.dumps({"rows": [GOOD | {"tile": {"BLOCK_M": 0, "BLOCK_N": 16}}]}),
+        json.dumps({"rows": [GOOD | {"tile": {"BLOCK_M": 16, "BLOCK_N": 16, "lanes": 3}}]}),
+        json.dumps({"rows": [GOOD | {"when": {"M": [9, 1]}}]}),
+        json.dumps({"rows": [GOOD | {"when": {"M": 9}}]}),
+        json.dumps({"rows": [GOOD | {"when": ["M"]}]}),
+    ],
+)
+def test_a_broken_cache_gives_one_warning_and_is_ignored(cache, text):
+    before = half_lookup(197)
+    cache("linear", text)
+    with pytest.warns(RuntimeWarning, match=r"fastvit ignores .*linear/sm90.json: ") as seen:
+        assert half_lookup(197) == before
+        half_lookup(198)
+    assert len(seen) == 1
+
+
+def test_a_cache_that_names_an_unknown_size_says_nothing(cache):
+    before = half_lookup(197)
+    cache("linear", json.dumps({"rows": [GOOD | {"when": {"Z": [0, 9]}}]}))
+    assert half_lookup(197) == before
+
+
+# --------------------------------------------------------------------------- for tuning
+
+
+def test_a_forced_tile_is_for_its_op_and_its_thread():
+    tile = TileConfig(16, 32)
+    before, seen = half_lookup(197), []
+    with _tuning.forced("linear", tile):
+        assert half_lookup(197) == tile
+        assert lookup("attention", "sm90", torch.float16, N=9, M=9, D=64) != tile
+        thread = threading.Thread(target=lambda: seen.append(half_lookup(197)))
+        thread.start()
+        thread.join()
+    assert seen == [before]
+    assert half_lookup(197) == before
+
+
+def test_observed_lookups():
+    with _tuning.observed() as queries:
+        tile = half_lookup(197)
+    half_lookup(198)
+    assert queries == [
+        _tuning.Query("linear", "sm90", "float16", (("K", 768), ("M", 197), ("N", 768)))
+    ]
+    assert tile == half_lookup(197)
 
 
 def test_blocks_are_powers_of_two():

@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench audit numerics
+.PHONY: demo test test-slow lint bench report gpu audit numerics
 demo: $(INSTALLED)
 	$(BIN)/fastvit demo
 
@@ -23,6 +23,15 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/fastvit bench models
 	$(BIN)/fastvit bench ops
+
+report: $(INSTALLED)
+	$(BIN)/fastvit report
+
+# On a machine with a GPU, with what is installed there: correctness, tuning, tables, in so many
+# minutes; run it again to go on. ARGS=--dry-run walks through it without a GPU.
+MINUTES ?= 9
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --minutes $(MINUTES) $(ARGS)
 
 audit: $(INSTALLED)
 	$(BIN)/fastvit audit

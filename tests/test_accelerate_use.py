@@ -146,7 +146,6 @@ def test_models_of_another_dtype(dtype):
     [
         ({"precision": "int3"}, ValueError, "int3.*keep, bf16, fp16, fp8"),
         ({"precision": "fp8"}, NotImplementedError, "fp8.*not built yet; what works is"),
-        ({"cuda_graphs": True}, NotImplementedError, "cuda_graphs.*not built yet; what works is"),
     ],
 )
 def test_bad_options(options, expected, words):

@@ -12,7 +12,9 @@ import torch
 from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
-from fastvit.bench import models, ops, report, timing
+from fastvit import VisionTransformer, numerics
+from fastvit._compat import import_timm
+from fastvit.bench import models, ops, peers, report, timing
 from fastvit.cli.main import app
 from fastvit.kernels import _spec
 
@@ -215,10 +217,142 @@ def test_a_training_step_changes_weights_and_each_peer_has_its_own():
     before = model.blocks[0].attn.qkv.weight.clone()
     step(torch.randn(2, 3, 160, 160))
     assert not torch.equal(before, model.blocks[0].attn.qkv.weight)
-    peers = dict(models._peers(model, CPU, batch=2, train=True, quick=False))
-    assert list(peers) == ["timm", "timm + torch.compile"]
-    own = peers["timm + torch.compile"].get_parameter("_orig_mod.norm.weight")
+    contenders = dict(models._peers(model, CPU, batch=2, train=True, level="few"))
+    assert list(contenders) == ["timm", "timm + torch.compile"]
+    own = contenders["timm + torch.compile"]().get_parameter("_orig_mod.norm.weight")
     assert own is not model.norm.weight
+
+
+def test_levels_of_peers():
+    model = models._timm_model("test_vit", seed=0)
+    gpu = torch.device("cuda")
+    names = {
+        level: list(dict(models._peers(model, gpu, 1, train=False, level=level)))
+        for level in ("few", "timm", "all")
+    }
+    assert names["few"] == ["timm", "timm + torch.compile", "timm + reduce-overhead"]
+    assert names["timm"] == [*names["few"], "timm + max-autotune"]
+    others = ["transformers", "transformers + torch.compile", "torchvision"]
+    assert names["all"] == [*names["timm"], *others]
+
+
+@pytest.mark.parametrize("build", [peers.transformers_vit, peers.torchvision_vit])
+def test_other_libraries_compute_what_timm_does(build):
+    model = models._timm_model("test_vit", seed=0).eval()
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        # two orders of the same float32 operations: some hundred roundings of 6e-8
+        torch.testing.assert_close(build(model)(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [peers.transformers_vit, peers.torchvision_vit])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"init_values": 0.1}, "it also has blocks.0.ls1.gamma"),
+        ({"qkv_bias": False}, "differ"),
+        ({"global_pool": "avg", "fc_norm": False}, "differs by"),  # the same weights
+        ({"act_layer": "relu"}, "differs by"),
+    ],
+)
+def test_other_libraries_are_no_peers_of_what_they_do_not_compute(build, options, reason):
+    model = import_timm().create_model("test_vit", depth=1, **options)
+    numerics.randomise(model, 0)
+    with pytest.raises(ValueError, match=f"not a plain ViT.*{reason}"):
+        build(model.eval())
+
+
+def test_a_form_of_ours_whose_numerics_fail_is_not_timed():
+    linear = torch.nn.Linear(1, 1)
+    good = {"passed": True, "ratio": 1.0, "error": None}
+    assert models._passed(lambda: linear, lambda form: good) is linear
+    with pytest.raises(ValueError, match="numerics fail, ratio 9"):
+        models._passed(lambda: linear, lambda form: {**good, "passed": False, "ratio": 9.0})
+
+
+def test_our_own_model_is_timed_beside_the_accelerated_one(monkeypatch: pytest.MonkeyPatch):
+    """A tiny variant stands for one of the listed names; its weights are timm's."""
+    monkeypatch.setattr(models, "list_models", lambda: ["test_vit"])
+    sizes = {"img_size": 160, "embed_dim": 64, "depth": 6, "num_heads": 2, "mlp_ratio": 3}
+    monkeypatch.setattr(
+        models, "create_model", lambda name, **options: VisionTransformer(**sizes, **options)
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    result = models.bench_model(
+        "model", "test_vit", 1, dtype=torch.float32, device=CPU, seed=0, level="all", budget_s=0.0
+    )
+    assert not result.race.failed
+    assert list(result.race.timings) == [
+        "fastvit", "fastvit create_model", "timm", "timm + torch.compile",
+        "transformers", "transformers + torch.compile", "torchvision",
+    ]  # fmt: skip
+    assert result.techniques == {"timm": [], "fastvit": ["Triton kernels"]}
+    assert not timing.is_ours(result.race.fastest_peer or "")
+
+
+def test_convolutions_are_exact_where_errors_and_speeds_are_taken(monkeypatch: pytest.MonkeyPatch):
+    taken = []
+
+    def look(x: torch.Tensor, **rest: Any) -> torch.Tensor:
+        taken.append(torch.backends.cudnn.allow_tf32)
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        inputs = {"x": torch.randn(2, 8)}
+        numerics.compare(look, look, inputs)
+        bench_small(small_spec(op=look, reference=look))
+        assert torch.backends.cudnn.allow_tf32
+    assert len(taken) > 10
+    assert not any(taken)
+
+
+def test_cublas_alone_is_shown_beside_linear_and_no_peer_where_linear_does_more():
+    spec = _spec.all_specs()["linear"]
+    cases = {case.name: case for case in spec.cases}
+    for name, bounds in (("one row", ()), ("odd sizes, gelu", (ops.CUBLAS, ops.CUBLASLT))):
+        inputs = spec.inputs(cases[name], torch.float32)
+        jobs, missing = ops._contenders(spec, spec.op, inputs, CPU)
+        assert list(jobs) == ["fastvit", "eager", "torch.compile", ops.CUBLAS]
+        assert not missing
+        assert ops._bounds(inputs) == bounds
+        expected = torch.nn.functional.linear(inputs["x"], inputs["weight"], inputs["bias"])
+        torch.testing.assert_close(jobs[ops.CUBLAS](**inputs), expected)
+
+
+def test_what_does_less_than_the_job_is_timed_but_no_peer(clock: Clock):
+    works = {timing.OURS: clock.takes(2), "whole": clock.takes(3), "half": clock.takes(1)}
+    result = timing.race(works, budget_s=0, min_rounds=3, device=CPU, bounds=["half", "absent"])
+    assert result.bounds == ("half",)
+    assert result.fastest_peer == "whole"
+    assert result.speedup == 1.5
+    assert result.timings["half"].median == 1
+
+
+def test_our_other_forms_are_no_peers_either(clock: Clock):
+    works = {timing.OURS: clock.takes(2), "fastvit + x": clock.takes(1), "peer": clock.takes(3)}
+    assert timing.race(works, budget_s=0, min_rounds=3, device=CPU).fastest_peer == "peer"
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_qkv", "layer_norm", "rms_norm"])
+def test_libraries_that_are_not_installed_are_named(op: str):
+    spec = _spec.all_specs()[op]
+    inputs = spec.inputs(spec.cases[0], torch.float32)
+    jobs, missing = ops._contenders(spec, spec.op, inputs, torch.device("cuda"))
+    libraries = {
+        "attention": ["flash-attn", "xFormers"], "attention_qkv": ["flash-attn"],
+        "layer_norm": ["Liger"], "rms_norm": ["Liger"],
+    }  # fmt: skip
+    assert list(missing) == libraries[op]
+    assert all("No module named" in reason for reason in missing.values())
+    assert ("SDPA flash" in jobs) == op.startswith("attention")
+
+
+def test_no_kernel_is_expected_to_beat_an_empty_launch():
+    result = report.Result("op", "x", "y", "float32", timing.Race(), {}, flops=10, bytes=10)
+    roof = {"matmul_flops_per_s": 10.0, "copy_bytes_per_s": 5.0}
+    assert report.roof_seconds(result, roof) == 2.0
+    assert report.roof_seconds(result, roof | {"launch_s": 3.0}) == 3.0
 
 
 def test_inference_needs_no_gradients():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
+from torch import Tensor, nn
+
+from fastvit.accelerate import graphs
 from fastvit.accelerate.plan import Part, PlanRow
 from fastvit.layers import PatchEmbed, is_plain
-from fastvit.vit import Block
+from fastvit.vit import Block, VisionTransformer
 
 _RUNS = {
     PatchEmbed: "patch_embed, positions and prefix tokens",
@@ -14,11 +17,29 @@ _RUNS = {
 }
 
 
+class GraphedVisionTransformer(graphs.Graphed, VisionTransformer):
+    """fastvit's `VisionTransformer` with `cuda_graphs`."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, C, H, W] to [B, num_classes]."""
+        options: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+        if is_causal:
+            options["is_causal"] = is_causal
+        return graphs.run(self, super().forward, x, **options)
+
+
+ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {GraphedVisionTransformer: VisionTransformer}
+
+
 def find(model: nn.Module) -> list[Part]:
-    """The patch embeddings and blocks of fastvit's own inside `model`, in its order."""
+    """fastvit's own models, patch embeddings and blocks inside `model`, in its order."""
     parts: list[Part] = []
     for name, module in model.named_modules():
         kind = type(module)
+        if ORIGINAL.get(kind, kind) is VisionTransformer:
+            parts.append(Part(module, None, row=None, graphed=GraphedVisionTransformer))
         if kind not in _RUNS:
             continue
         fused = all(map(is_plain, module.children()))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastvit.accelerate.graphs import GRAPHS
 from fastvit.kernels import _library
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Part:
     module: nn.Module
     fast: type[nn.Module] | None  # None: it cannot be fused and stays as it is
     row: PlanRow | None  # None: the whole model, whose parts have rows
+    graphed: type[nn.Module] | None = None  # the class whose forward can go through CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Plan:
             `accelerate` would do.
         backend: what runs the ops on the model's device, Triton or plain PyTorch, and why.
         note: why there are no rows, if so.
+        graphs: when a model that was given CUDA graphs uses them, or why never.
     """
 
     rows: tuple[PlanRow, ...]
     accelerated: bool
     backend: str
     note: str | None
+    graphs: str | None = None
 
     @property
     def fused_blocks(self) -> list[str]:
@@ -86,10 +90,10 @@ class Plan:
         waiting = not self.accelerated and any(row.fused for row in self.rows)
         state = " by accelerate(model), not called yet" if waiting else ""
         count = f"{len(self.fused_blocks)} of {len(self.fused_blocks + self.left_blocks)} blocks"
-        table = Table(
-            title=f"fastvit: {count} fused{state}",
-            caption=f"the ops run as: {self.backend}",
-        )
+        caption = f"the ops run as: {self.backend}"
+        if self.graphs is not None:
+            caption += f"\nCUDA graphs: {self.graphs}"
+        table = Table(title=f"fastvit: {count} fused{state}", caption=caption)
         for column in ("module", "type", "what runs", "reason for falling back"):
             table.add_column(column, overflow="fold", no_wrap=column == "type")
         for row in _grouped(self.rows):
@@ -133,7 +137,23 @@ def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
         accelerated=bool(fast) and all(type(part.module) is part.fast for part in fast),
         backend=_backend(model),
         note=note,
+        graphs=_graphs(model),
     )
+
+
+def graphs_obstacle(model: nn.Module) -> str | None:
+    """Why no forward of `model` can go through a CUDA graph."""
+    device = _device_type(model)
+    return None if device == "cuda" else f"they need a GPU and the model is on {device}"
+
+
+def _graphs(model: nn.Module) -> str | None:
+    if not any(GRAPHS in module.__dict__ for module in model.modules()):
+        return None
+    obstacle = graphs_obstacle(model)
+    if obstacle is not None:
+        return f"none, {obstacle}"
+    return "of every forward in eval mode without gradients, hooks or a mask"
 
 
 def gpu_obstacle(model: nn.Module) -> str | None:

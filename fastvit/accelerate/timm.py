@@ -11,6 +11,7 @@ Shape legend: B batch, C channels, N patch tokens, P prefix tokens, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import layers, ops
 from fastvit._compat import import_timm
+from fastvit.accelerate import graphs
 from fastvit.accelerate.plan import PRECISION, Part, PlanRow
 
 import_timm()  # before all else of timm; unpickling an accelerated model comes here first
@@ -212,8 +214,9 @@ class FastTorchLayerNorm(nn.LayerNorm):
         )
 
 
-class FastVisionTransformer(VisionTransformer):
-    """timm's `VisionTransformer`: from pixels to finished tokens in one kernel, and `precision`."""
+class FastVisionTransformer(graphs.Graphed, VisionTransformer):
+    """timm's `VisionTransformer`: from pixels to finished tokens in one kernel, `precision` and
+    `cuda_graphs`."""
 
     def _prefix_tokens(self) -> list[Tensor | None]:
         return [self.cls_token, self.reg_token]
@@ -275,7 +278,8 @@ class FastVisionTransformer(VisionTransformer):
         options: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
         if is_causal is not False:  # timm before 1.0.26 does not know the word
             options["is_causal"] = is_causal
-        return _at_precision(self, super().forward, x, **options)
+        forward = functools.partial(_at_precision, self, super().forward)
+        return graphs.run(self, forward, x, **options)
 
 
 class FastVisionTransformerDistilled(FastVisionTransformer, VisionTransformerDistilled):
@@ -324,7 +328,7 @@ def find(model: nn.Module) -> list[Part]:
     for name, module in model.named_modules():
         kind = ORIGINAL.get(type(module), type(module))
         if kind in (VisionTransformer, VisionTransformerDistilled):
-            parts.append(Part(module, FAST[kind], row=None))
+            parts.append(Part(module, FAST[kind], row=None, graphed=FAST[kind]))
             roles |= {child: role for role, child in module.named_children()}
             if embeds_positions(module):
                 roles[module.get_submodule("patch_embed")] = "patch_embed with positions"

@@ -1,9 +1,11 @@
-"""Whole models and training steps: ours beside timm, eager and compiled."""
+"""Whole models and training steps: ours beside timm, transformers and torchvision, eager and
+compiled."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -12,16 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit import accelerate, numerics
+from fastvit import accelerate, create_model, list_models, numerics
 from fastvit._compat import import_timm
+from fastvit.bench import peers
 from fastvit.bench.ops import backend_for, on_backend
 from fastvit.bench.report import Result, checked_numerics
-from fastvit.bench.timing import OURS, Race, race, rotating
+from fastvit.bench.timing import OURS, Race, is_ours, race, reason, rotating
 
 IMAGE_SETS = 4  # rotated through
 CHECKED_IMAGES = 4  # the numerics check runs in float64, at most this many images
 QUICK_MODELS, CPU_MODELS = ("vit_tiny_patch16_224",), ("vit_small_patch16_224",)
 GPU_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
+OWN_MODEL, GRAPHED = f"{OURS} create_model", f"{OURS} + CUDA graphs"
+COMPILED = "timm + torch.compile"
+# what the waterfall climbs by; a contender that was not timed is a step left out
+TECHNIQUES = {
+    "timm": [],
+    OURS: ["Triton kernels"],
+    GRAPHED: ["Triton kernels", "CUDA graphs"],
+}
+Level = Literal["few", "timm", "all"]  # how many peers, see `_peers`
 CPU_BATCHES, GPU_BATCHES = (1, 8), (1, 8, 32, 128, 256)
 
 
@@ -35,6 +47,7 @@ def default_batches(device: torch.device, *, quick: bool) -> tuple[int, ...]:
     return (1,) if quick else GPU_BATCHES if device.type == "cuda" else CPU_BATCHES
 
 
+@numerics.exact_convolutions
 def bench_model(
     kind: Literal["model", "train"],
     name: str,
@@ -43,7 +56,7 @@ def bench_model(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
-    quick: bool,
+    level: Level,
     budget_s: float,
 ) -> Result:
     """Time inference, or one training step (forward, backward, SGD), of timm's `name`.
@@ -58,7 +71,6 @@ def bench_model(
     train = kind == "train"
     model = _timm_model(name, seed).to(device)
     model = model.train() if train else model.to(dtype).eval()
-    fast = accelerate(copy.deepcopy(model))
     size = model.default_cfg["input_size"]
     images = [
         _randn(batch, *size, seed=seed + i).to(device, torch.float32 if train else dtype)
@@ -66,26 +78,50 @@ def bench_model(
     ]
     on_ours = functools.partial(on_backend, backend_for(device))
     autocast = dtype if train and dtype != torch.float32 else None
-    checked = checked_numerics(
-        lambda: on_ours(numerics.compare_models)(
-            copy.deepcopy(fast).eval(),
-            copy.deepcopy(model).eval(),
-            images[0][:CHECKED_IMAGES],
-            gradients=_watched(model) if train else (),
-            seed=seed,
-            autocast=autocast,
+    shown = images[0][:CHECKED_IMAGES]
+
+    def check(fast: nn.Module) -> dict[str, Any]:
+        return checked_numerics(
+            lambda: on_ours(numerics.compare_models)(
+                copy.deepcopy(fast).eval() if train else fast,
+                copy.deepcopy(model).eval() if train else model,
+                shown,
+                gradients=_watched(model) if train else (),
+                seed=seed,
+                autocast=autocast,
+            )
         )
-    )
-    result = Race()
+
+    def check_graphs(fast: nn.Module) -> dict[str, Any]:
+        # without the hook of compare_models, beside which a graph would not be used
+        wide = copy.deepcopy(model).double()
+        plain = lambda x: (wide if x.dtype == torch.float64 else model)(x)  # noqa: E731
+        return checked_numerics(lambda: on_ours(numerics.compare)(fast, plain, {"x": shown}))
+
+    fast = accelerate(copy.deepcopy(model))
+    checked = check(fast)
+    result, techniques = Race(), {}
     if checked["passed"]:
         torch.compiler.reset()
         prepare = functools.partial(
             _job, batch=batch, device=device, train=train, autocast=autocast
         )
-        jobs = {OURS: on_ours(prepare(fast))}
-        jobs |= {peer: prepare(m) for peer, m in _peers(model, device, batch, train, quick)}
+        jobs, failed = {OURS: on_ours(prepare(fast))}, {}
+        contenders = [
+            *_forms(name, model, images[0], train, check, check_graphs),
+            *_peers(model, device, batch, train, level),
+        ]
+        for contender, build in contenders:
+            try:
+                job = prepare(build())
+            except Exception as error:
+                failed[contender] = reason(error)
+                continue
+            jobs[contender] = on_ours(job) if is_ours(contender) else job
         works = rotating(jobs, [{"x": x} for x in images])
         result = race(works, budget_s=budget_s, min_rounds=5, device=device)
+        result.failed |= failed
+        techniques = {key: TECHNIQUES[key] for key in TECHNIQUES if key in result.timings}
     return Result(
         kind=kind,
         name=name,
@@ -95,6 +131,7 @@ def bench_model(
         numerics=checked,
         flops=_flops(name, batch, train),
         batch=batch,
+        techniques=techniques,
     )
 
 
@@ -115,17 +152,73 @@ def _watched(model: nn.Module) -> list[str]:
     return [names[0], names[len(names) // 2], names[-2]]
 
 
+Builder = Callable[[], nn.Module]
+Check = Callable[[nn.Module], dict[str, Any]]
+
+
+def _forms(
+    name: str, model: nn.Module, images: Tensor, train: bool, check: Check, check_graphs: Check
+) -> Iterator[tuple[str, Builder]]:
+    """fastvit in its other forms; each has to pass the numerics by itself."""
+
+    def own() -> nn.Module:
+        built = create_model(name, num_classes=1000).to(next(model.parameters()))
+        built.load_state_dict(model.state_dict())
+        return built.train(model.training)
+
+    def graphed() -> nn.Module:
+        fast = accelerate(copy.deepcopy(model), cuda_graphs=True)
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # else it would run without a graph
+            for other in (images, torch.randn_like(images[:CHECKED_IMAGES])):
+                fast(other)  # captures, so that the check replays
+        return fast
+
+    if name in list_models():
+        yield OWN_MODEL, functools.partial(_passed, own, check)
+    if images.is_cuda and not train:
+        yield GRAPHED, functools.partial(_passed, graphed, check_graphs)
+
+
+def _passed(build: Builder, check: Check) -> nn.Module:
+    form = build()
+    checked = check(form)
+    if not checked["passed"]:
+        raise ValueError(checked["error"] or f"numerics fail, ratio {checked['ratio']:.3g}")
+    return form
+
+
 def _peers(
-    model: nn.Module, device: torch.device, batch: int, train: bool, quick: bool
-) -> Iterator[tuple[str, nn.Module]]:
-    """timm eager and compiled. A training step changes weights, so there each has its own."""
-    own = copy.deepcopy if train else lambda module: module
-    yield "timm", model
-    yield "timm + torch.compile", torch.compile(own(model), dynamic=False)  # type: ignore
-    if device.type == "cuda" and batch == 1 and not train:
-        yield "timm + reduce-overhead", torch.compile(model, mode="reduce-overhead")  # type: ignore
-    if device.type == "cuda" and not quick:
-        yield "timm + max-autotune", torch.compile(own(model), mode="max-autotune")  # type: ignore
+    model: nn.Module, device: torch.device, batch: int, train: bool, level: Level
+) -> Iterator[tuple[str, Builder]]:
+    """timm eager and compiled; from level ``timm`` on with max-autotune, and at ``all``
+    transformers and torchvision.
+
+    A training step changes weights, so there each has its own.
+    """
+    gpu = device.type == "cuda"
+
+    def compiled(build: Builder, **options: Any) -> Builder:
+        def wrap() -> nn.Module:
+            return torch.compile(build(), dynamic=False, **options)  # type: ignore
+
+        return wrap
+
+    def timm() -> nn.Module:
+        return copy.deepcopy(model) if train else model
+
+    yield "timm", lambda: model
+    yield COMPILED, compiled(timm)
+    if gpu and batch == 1 and not train:
+        yield "timm + reduce-overhead", compiled(timm, mode="reduce-overhead")
+    if gpu and level != "few":
+        yield "timm + max-autotune", compiled(timm, mode="max-autotune")
+    if level != "all":
+        return
+    hf = functools.partial(peers.transformers_vit, model)
+    yield "transformers", hf
+    yield "transformers + torch.compile", compiled(hf)
+    yield "torchvision", functools.partial(peers.torchvision_vit, model)
 
 
 def _job(

@@ -1,22 +1,26 @@
-"""Ops at the shapes of real models: ours beside eager PyTorch, Inductor and SDPA's backends."""
+"""Ops at the shapes of real models: ours beside eager PyTorch, Inductor, cuBLAS, SDPA's backends,
+and FlashAttention, xFormers and Liger where they are installed."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import numerics, ops
 from fastvit.bench.report import Result, checked_numerics
-from fastvit.bench.timing import OURS, Race, race, rotating
+from fastvit.bench.timing import OURS, Race, race, reason, rotating
 from fastvit.kernels._library import gpu_problem
 from fastvit.kernels._spec import Case, OpSpec, all_specs
 
 CPU_FLOPS, CPU_BYTES = 2e9, 1e8  # a case beyond either takes a CPU too long
 ROTATION_BYTES, MAX_COPIES = 2**28, 16  # inputs rotate through more memory than a cache holds
+CUBLAS, CUBLASLT = "cuBLAS addmm alone", "cuBLASLt addmm with tanh GELU"
 
 
 def backend_for(device: torch.device) -> str:
@@ -44,6 +48,7 @@ def _fits_cpu(spec: OpSpec, case: Case) -> bool:
     return spec.flops(case.sizes) <= CPU_FLOPS and spec.bytes(case.sizes, 4) <= CPU_BYTES
 
 
+@numerics.exact_convolutions
 def bench_op(
     spec: OpSpec,
     case: Case,
@@ -65,8 +70,12 @@ def bench_op(
     if checked["passed"]:
         torch.compiler.reset()  # earlier cases count towards its limit of recompilations
         with torch.no_grad():
-            works = rotating(dict(_contenders(spec, ours, device)), inputs)
-            result = race(works, budget_s=budget_s, min_rounds=5, device=device, cold=True)
+            jobs, missing = _contenders(spec, ours, inputs[0], device)
+            result = race(
+                rotating(jobs, inputs), budget_s=budget_s, min_rounds=5, device=device, cold=True,
+                bounds=_bounds(inputs[0]),
+            )  # fmt: skip
+        result.failed |= missing
     return Result(
         kind="op",
         name=spec.name,
@@ -92,15 +101,87 @@ def on_backend(backend: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _contenders(
-    spec: OpSpec, ours: Callable[..., Tensor], device: torch.device
-) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    yield OURS, ours
-    # the plain path, not the reference, which spells attention out: a peer has to be at its best
-    yield "eager", on_backend("torch", spec.op)
-    yield "torch.compile", on_backend("torch", torch.compile(spec.op, dynamic=False))
-    if device.type == "cuda" and spec.name.startswith("attention"):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+    spec: OpSpec, ours: Callable[..., Tensor], inputs: Mapping[str, Any], device: torch.device
+) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+    """What is timed, and why some of it is not. Each takes the spec's keyword arguments."""
+    jobs = {
+        OURS: ours,
+        # the plain path, not the reference, which spells attention out: a peer is at its best
+        "eager": on_backend("torch", spec.op),
+        "torch.compile": on_backend("torch", torch.compile(spec.op, dynamic=False)),
+    }
+    missing: dict[str, str] = {}
+    if spec.name == "linear":
+        jobs[CUBLAS] = _addmm
+    if device.type == "cuda":
+        if spec.name == "linear" and inputs["activation"] == "gelu":
+            jobs[CUBLASLT] = _addmm_gelu
+        if spec.name.startswith("attention"):
+            jobs.update(_sdpa_backends(spec))
+        for name, build in _optional(spec.name):
+            try:
+                jobs[name] = build()
+            except ImportError as error:
+                missing[name] = reason(error)
+    return jobs, missing
 
-        for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
-            choose = sdpa_kernel(getattr(SDPBackend, backend))
-            yield f"SDPA {backend.split('_')[0].lower()}", on_backend("torch", choose(spec.op))
+
+def _bounds(inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Contenders that leave a part of this case out, or approximate it."""
+    tail = any(inputs.get(part) is not None for part in ("activation", "scale", "residual"))
+    return (CUBLAS, CUBLASLT) if tail else ()
+
+
+def _addmm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **tail: object) -> Tensor:
+    """The product and bias; no activation, scale or residual."""
+    return F.linear(x, weight, bias)
+
+
+def _addmm_gelu(x: Tensor, weight: Tensor, bias: Tensor, **tail: object) -> Tensor:
+    """cuBLASLt's own epilogue; on a GPU its GELU is the tanh form."""
+    return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+def _sdpa_backends(spec: OpSpec) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
+        choose = sdpa_kernel(getattr(SDPBackend, backend))
+        yield f"SDPA {backend.split('_')[0].lower()}", on_backend("torch", choose(spec.op))
+
+
+def _optional(op: str) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]]]]:
+    """Name and builder of libraries' kernels; a builder raises ImportError without its library."""
+    if op == "attention":
+        yield "flash-attn", functools.partial(_token_major, "flash_attn", "flash_attn_func")
+        yield (
+            "xFormers",
+            functools.partial(_token_major, "xformers.ops", "memory_efficient_attention"),
+        )
+    elif op == "attention_qkv":
+        yield "flash-attn", _flash_qkv
+    elif op in ("layer_norm", "rms_norm"):
+        yield "Liger", functools.partial(_liger, op)
+
+
+def _token_major(module: str, name: str) -> Callable[..., Tensor]:
+    """Attention of q, k, v [B, N, H, d] as one of [B, H, N, d]."""
+    attend = getattr(importlib.import_module(module), name)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return attend(q, k, v).transpose(1, 2)
+
+    return call
+
+
+def _flash_qkv() -> Callable[..., Tensor]:
+    attend = importlib.import_module("flash_attn").flash_attn_qkvpacked_func
+    return lambda qkv, num_heads: attend(qkv.unflatten(-1, (3, num_heads, -1))).flatten(-2)
+
+
+def _liger(op: str) -> Callable[..., Tensor]:
+    module = importlib.import_module(f"liger_kernel.ops.{op}")
+    name = {"layer_norm": "LigerLayerNormFunction", "rms_norm": "LigerRMSNormFunction"}[op]
+    apply = getattr(module, name).apply  # takes positional arguments only, in the spec's order
+    return lambda **inputs: apply(*inputs.values())

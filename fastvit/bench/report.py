@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastvit.bench.timing import OURS, Race
+from fastvit.bench.timing import Race, is_ours, reason
 from fastvit.kernels._library import gpu_problem
 from fastvit.numerics import Report
 
@@ -39,6 +39,8 @@ class Result:
     bytes: int | None = None
     batch: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    # of a contender: what is switched on, in the order of the waterfall that `fastvit report` draws
+    techniques: dict[str, list[str]] = field(default_factory=dict)
 
 
 def checked_numerics(check: Callable[[], Report]) -> dict[str, Any]:
@@ -46,8 +48,7 @@ def checked_numerics(check: Callable[[], Report]) -> dict[str, Any]:
     try:
         report = check()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return {"passed": False, "ratio": None, "error": reason}
+        return {"passed": False, "ratio": None, "error": reason(error)}
     worst = max(row.ratio for row in report.rows)
     return {"passed": report.passed, "ratio": worst, "error": None}
 
@@ -56,6 +57,7 @@ def as_json(result: Result, roof: dict[str, float]) -> dict[str, Any]:
     """JSON-ready; times in seconds, ``roof_s`` the least time the measured roof allows."""
     race = result.race
     least = roof_seconds(result, roof)
+    peer = race.timings[race.fastest_peer].median if race.fastest_peer else None
     contenders = {
         name: {
             **dataclasses.asdict(timing),
@@ -64,6 +66,7 @@ def as_json(result: Result, roof: dict[str, float]) -> dict[str, Any]:
             "flops_per_s": result.flops / timing.median,
             "share_of_roof": least / timing.median,
             "images_per_s": result.batch / timing.median if result.batch else None,
+            "speedup": peer / timing.median if peer else None,
         }
         for name, timing in race.timings.items()
     }
@@ -72,6 +75,7 @@ def as_json(result: Result, roof: dict[str, float]) -> dict[str, Any]:
         **plain,
         "contenders": contenders,
         "failed": race.failed,
+        "bounds": race.bounds,
         "fastest_peer": race.fastest_peer,
         "speedup": race.speedup,
         "roof_s": least,
@@ -79,9 +83,10 @@ def as_json(result: Result, roof: dict[str, float]) -> dict[str, Any]:
 
 
 def roof_seconds(result: Result, roof: dict[str, float]) -> float:
-    """The longer of computing at the measured matmul rate and moving at the measured copy rate."""
+    """The longest of computing at the measured matmul rate, moving at the measured copy rate and,
+    on a GPU, one empty launch."""
     moving = (result.bytes or 0) / roof["copy_bytes_per_s"]
-    return max(result.flops / roof["matmul_flops_per_s"], moving)
+    return max(result.flops / roof["matmul_flops_per_s"], moving, roof.get("launch_s", 0.0))
 
 
 def notes(device: torch.device) -> list[str]:
@@ -142,7 +147,6 @@ def seconds(value: float) -> str:
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Contender, median, p10 to p90, rate, share of roof, times the fastest peer's speed."""
     table = []
-    peer = result["contenders"].get(result["fastest_peer"], {}).get("median")
     for name, timing in result["contenders"].items():
         images = timing["images_per_s"]
         rate = (
@@ -157,7 +161,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{seconds(timing['p10'])} - {seconds(timing['p90'])}",
                 rate,
                 f"{timing['share_of_roof']:.0%}",
-                f"{peer / timing['median']:.2f}x" if peer else "",
+                f"{timing['speedup']:.2f}x" if timing["speedup"] else "",
             )
         )
     return table
@@ -173,7 +177,8 @@ def flops_rate(rate: float) -> str:
 def remarks(result: dict[str, Any]) -> list[str]:
     """Why something is missing from a result."""
     checked = result["numerics"]
-    notes = [f"{name}: {reason}" for name, reason in result["failed"].items()]
+    notes = [f"{name}: {why}" for name, why in result["failed"].items()]
+    notes += [f"{name}: not the whole job, so no peer" for name in result["bounds"]]
     if checked["error"]:
         notes.append(f"not timed, numerics could not be checked: {checked['error']}")
     elif not checked["passed"]:
@@ -203,7 +208,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
         for name, timing in result["contenders"].items():
             y += 1
             speed, slow, fast = (peer / timing[key] for key in ("median", "p90", "p10"))
-            color = "#d1495b" if name == OURS else "#b4bec9"
+            color = "#d1495b" if is_ours(name) else "#b4bec9"
             axes.barh(y, speed, color=color, height=0.8)
             axes.plot([slow, fast], [y, y], color="#333333", linewidth=1, marker="|", markersize=5)
             axes.text(1.01, y, seconds(timing["median"]), transform=beside, va="center", fontsize=8)
@@ -238,39 +243,68 @@ th, td { text-align: right; padding: .2rem .7rem; border-bottom: 1px solid #dde3
 th:first-child, td:first-child { text-align: left; }
 tr.ours { font-weight: 600; background: #fbeef0; }
 h3 { margin: 1.2rem 0 .3rem; font-size: 1rem; }
-img { max-width: 100%; }
+img { max-width: 100%; margin: .5rem 0 1rem; }
 .note { color: #566573; }
 """
 
 
 def _html(record: dict[str, Any], chart: Path | None) -> str:
-    escape = html.escape
     body = [
         "<h1>fastvit bench</h1>",
         f"<p>{escape(conditions(record))}</p>",
-        *(f'<p class="note">{escape(note)}</p>' for note in record["notes"]),
+        *(html_note(note) for note in record["notes"]),
+        *([html_picture(chart, "speeds as bars")] if chart else []),
+        *html_results(record["results"]),
+        *html_environment(record),
     ]
-    if chart:
-        picture = base64.b64encode(chart.read_bytes()).decode()
-        body.append(f'<img alt="speeds as bars" src="data:image/png;base64,{picture}">')
+    return html_page("fastvit bench", body)
+
+
+def html_note(text: str) -> str:
+    """A paragraph in grey."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def html_picture(path: Path, alt: str) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def html_table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """A table; lines of ours stand out."""
+    table = [f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in headers)}</tr>"]
+    for line in lines:
+        kind = ' class="ours"' if is_ours(line[0]) else ""
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in line)
+        table.append(f"<tr{kind}>{cells}</tr>")
+    return [*table, "</table>"]
+
+
+def html_results(results: list[dict[str, Any]]) -> list[str]:
+    """A table of contenders for each result."""
     headers = ("contender", "median", "p10 to p90", "rate", "of roof", "vs fastest peer")
-    for result in record["results"]:
+    body = []
+    for result in results:
         body.append(f"<h3>{escape(title(result))}</h3>")
         if result["contenders"]:
-            body.append(f"<table><tr>{''.join(f'<th>{h}</th>' for h in headers)}</tr>")
-            for row in rows(result):
-                kind = ' class="ours"' if row[0] == OURS else ""
-                body.append(f"<tr{kind}>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>")
-            body.append("</table>")
-        body += [f'<p class="note">{escape(note)}</p>' for note in remarks(result)]
-    body.append("<h2>Environment</h2><table>")
-    for key, value in (record["environment"] | record["roof"]).items():
-        if value is not None:
-            body.append(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>")
-    body.append("</table>")
+            body += html_table(headers, rows(result))
+        body += [html_note(note) for note in remarks(result)]
+    return body
+
+
+def html_environment(record: dict[str, Any]) -> list[str]:
+    """What the record was made on, and its roof."""
+    facts = record["environment"] | record["roof"]
+    known = [(key, str(value)) for key, value in facts.items() if value is not None]
+    return ["<h2>Environment</h2>", *html_table(("what", "value"), known)]
+
+
+def html_page(name: str, body: list[str]) -> str:
+    """A whole page that needs no other file."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>fastvit bench</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(name)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )

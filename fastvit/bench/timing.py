@@ -5,10 +5,11 @@ Times are seconds. On a GPU they come from CUDA events, on a CPU from a wall clo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,11 @@ import torch
 
 OURS = "fastvit"
 Work = Callable[[], object]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender is fastvit in one of its forms, not a peer."""
+    return name.split(maxsplit=1)[0] == OURS
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,16 @@ class Race:
     failed: dict[str, str] = field(default_factory=dict)  # reason
     first_call: dict[str, float] = field(default_factory=dict)  # seconds, compilation included
     peak_bytes: dict[str, int] = field(default_factory=dict)  # GPU memory above what was held
+    bounds: tuple[str, ...] = ()  # contenders that do less than the job, or only approximate it
 
     @property
     def fastest_peer(self) -> str | None:
-        """The peer of the least median, None if no peer was timed."""
-        peers = {name: timing.median for name, timing in self.timings.items() if name != OURS}
+        """The peer of the least median that does the whole job, None if none was timed."""
+        peers = {
+            name: timing.median
+            for name, timing in self.timings.items()
+            if not is_ours(name) and name not in self.bounds
+        }
         return min(peers, key=peers.__getitem__, default=None)
 
     @property
@@ -53,20 +64,20 @@ class Race:
 
 def race(
     functions: Mapping[str, Work], *, budget_s: float, min_rounds: int, device: torch.device,
-    cold: bool = False,
+    cold: bool = False, bounds: Collection[str] = (),
 ) -> Race:  # fmt: skip
     """First calls, peak memory and `interleaved` times of whatever runs.
 
     A contender whose first call raises (no C++ compiler, no kernel for a shape, ...) is listed with
-    the reason.
+    the reason. `bounds` names those that are no peers, since they do less than the job.
     """
-    result = Race()
+    result = Race(bounds=tuple(name for name in functions if name in bounds))
     ready: dict[str, Work] = {}
     for name, function in functions.items():
         try:
             result.first_call[name] = _seconds(function, device)
         except Exception as error:
-            result.failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            result.failed[name] = reason(error)
             continue
         ready[name] = function
         if device.type == "cuda":
@@ -76,6 +87,11 @@ def race(
             ready, budget_s=budget_s, min_rounds=min_rounds, device=device, cold=cold
         )
     return result
+
+
+def reason(error: Exception) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def interleaved(
@@ -140,23 +156,32 @@ def rotating(
 
 
 def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches now: FLOP/s of a large matmul, bytes/s of a large copy."""
-    side, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+    """What this machine reaches now.
+
+    Returns:
+        FLOP/s of a large matmul and bytes/s of a large copy; on a GPU also the seconds of a launch
+        that adds to one number: ``launch_s`` queued behind other work, the least any kernel takes,
+        and ``idle_launch_s`` on an idle GPU, the least a caller waits.
+    """
+    gpu = device.type == "cuda"
+    side, size = (8192, 2**30) if gpu else (1024, 2**27)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = interleaved(
-        {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)},
-        budget_s=1.0,
-        min_rounds=5,
-        device=device,
-    )
-    return {
+    timed = functools.partial(interleaved, budget_s=1.0, min_rounds=5, device=device)
+    times = timed({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)})
+    measured = {
         "matmul_side": side,
         "matmul_flops_per_s": 2 * side**3 / times["matmul"].median,
         "copy_bytes": size,
         "copy_bytes_per_s": 2 * size / times["copy"].median,  # read and written
     }
+    if gpu:
+        one = torch.zeros(1, device=device)
+        launch = {"launch": lambda: one.add_(1)}
+        measured["launch_s"] = timed(launch, budget_s=0.3, cold=True)["launch"].median
+        measured["idle_launch_s"] = timed(launch, budget_s=0.3)["launch"].median
+    return measured
 
 
 def _seconds(function: Work, device: torch.device, scratch: torch.Tensor | None = None) -> float:

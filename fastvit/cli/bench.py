@@ -44,7 +44,8 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Of the inputs; fresh by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
-    """Time fastvit beside eager PyTorch, timm and torch.compile: interleaved, in one run.
+    """Time fastvit beside eager PyTorch, torch.compile, timm, transformers and torchvision:
+    interleaved, in one run.
 
     What fails the numerics is not timed, and makes the exit status 1.
     """
@@ -131,7 +132,7 @@ def _model_jobs(
                 kind,
                 name,
                 batch,
-                quick=quick,
+                level="few" if quick else "all",
                 budget_s=MODEL_BUDGET[quick],
                 **common,
             ),
@@ -142,7 +143,7 @@ def _model_jobs(
 
 
 def _print(record: dict[str, Any], paths: list[Path]) -> None:
-    from fastvit.bench import report
+    from fastvit.bench import report, timing
 
     table = Table(
         "contender", title="time of a call, interleaved; vs peer: speed over the fastest peer's"
@@ -153,7 +154,7 @@ def _print(record: dict[str, Any], paths: list[Path]) -> None:
         table.add_section()
         table.add_row(Text(report.title(result), "bold"))
         for row in report.rows(result):
-            table.add_row(*row, style="green" if row[0] == report.OURS else None)
+            table.add_row(*row, style="green" if timing.is_ours(row[0]) else None)
         for remark in report.remarks(result):
             table.add_row(Text(remark, "yellow"))
     out = console()
@@ -162,6 +163,7 @@ def _print(record: dict[str, Any], paths: list[Path]) -> None:
     out.print(
         f"roof: {report.flops_rate(roof['matmul_flops_per_s'])} in a {roof['matmul_side']}^3 "
         f"matmul, {roof['copy_bytes_per_s'] / 1e9:.3g} GB/s in a copy"
+        + (f", {report.seconds(roof['launch_s'])} in an empty launch" if "launch_s" in roof else "")
     )
     out.print(report.conditions(record))
     for note in record["notes"]:

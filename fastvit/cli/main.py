@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from fastvit.cli.audit import audit
 from fastvit.cli.bench import bench
 from fastvit.cli.demo import demo
 from fastvit.cli.doctor import doctor
 from fastvit.cli.list import list_models
 from fastvit.cli.numerics import numerics
+from fastvit.cli.report import report
+from fastvit.cli.tune import tune
 
 app = typer.Typer(
     name="fastvit",
@@ -20,6 +23,9 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(numerics)
 app.command()(bench)
+app.command()(report)
+app.command()(audit)
+app.command()(tune)
 app.command("list")(list_models)
 app.command()(doctor)
 

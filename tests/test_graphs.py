@@ -1,116 +1,22 @@
-"""CUDA graphs in `accelerate`. On a CPU, torch.cuda's part is played by a recorder of operations
-that reads and writes fixed memory as a graph does, so that stale graphs show; the last tests need a
-GPU."""
+"""CUDA graphs in `accelerate`, on a CPU with `fake_cuda.Cuda` in torch.cuda's place."""
 
-import contextlib
 import copy
 import gc
-import inspect
-import os
 import pickle
-import subprocess
-import sys
 import threading
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import Cuda, Tape
 from timm.models.vision_transformer import Block
 from timm_models import TOLERANCE, error, images, small
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastvit
 from fastvit.accelerate import accelerate, explain, graphs, restore
 from fastvit.accelerate.graphs import GRAPHS, MAX_GRAPHS
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-class Tape(TorchDispatchMode):
-    """Runs operations and keeps them, with the memory that each reads and writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.empty_like.default:  # which does nothing on the GPU
-            # aliases: a graph knows addresses, and nothing of what a parameter is given later
-            self.steps.append(tree_map_only(Tensor, Tensor.detach, (func, args, kwargs or {}, out)))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.steps:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                views = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
-                if not views:
-                    old.copy_(new)
-
-
-class Cuda:
-    """In the place of torch.cuda's streams, events and graphs. `log` has what was asked."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        log = self.log = []
-        self.captures = 0
-        self.pools = 0
-        self.fail: Exception | None = None  # of the next capture
-        cuda = self
-        real_graph = inspect.signature(torch.cuda.graph)
-
-        class Stream:
-            def __init__(self, device: torch.device | None = None) -> None: ...
-
-            def wait_stream(self, other: "Stream") -> None:
-                log.append("wait_stream")
-
-            def wait_event(self, event: "Event") -> None:
-                log.append("wait_event")
-
-        class Event:
-            def record(self, stream: Stream) -> None:
-                log.append("record")
-
-        class CUDAGraph:
-            def __init__(self) -> None:
-                self.tape = Tape()
-
-            def replay(self) -> None:
-                log.append("replay")
-                self.tape.replay()
-
-        @contextlib.contextmanager
-        def graph(*args: Any, **kwargs: Any):
-            given = real_graph.bind(*args, **kwargs).arguments
-            assert given["capture_error_mode"] == "thread_local"
-            assert isinstance(given["stream"], Stream)
-            assert given["pool"] == cuda.pools
-            assert torch.is_inference_mode_enabled() is torch.is_grad_enabled() is False
-            log.append("capture")
-            with given["cuda_graph"].tape:
-                yield
-            cuda.captures += 1
-            if cuda.fail is not None:
-                raise cuda.fail
-
-        def graph_pool_handle() -> int:
-            self.pools += 1
-            return self.pools
-
-        main = Stream()
-        for name, value in {
-            "Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph,
-            "current_stream": lambda device: main, "graph_pool_handle": graph_pool_handle,
-            "stream": contextlib.nullcontext, "device": contextlib.nullcontext,
-        }.items():  # fmt: skip
-            monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-        monkeypatch.setattr(graphs.Recorder, "serves", lambda x: True)
 
 
 @pytest.fixture
@@ -591,106 +497,3 @@ def test_on_a_cpu_it_runs_and_explain_says_why(capsys: pytest.CaptureFixture[str
 def test_graphs_need_a_vit():
     with pytest.raises(ValueError, match="cuda_graphs=True needs a ViT"):
         accelerate(Block(32, 2), cuda_graphs=True)
-
-
-# --------------------------------------------------------------------------- on a GPU
-
-
-def on_gpu(**options: Any) -> Any:
-    return accelerate(small(**options).cuda(), cuda_graphs=True, strict=True)
-
-
-KERNELS = """
-import torch
-from test_graphs import GRAPHS, accelerate, error, fastvit, images, plain, replace, small
-
-torch.set_grad_enabled(False)
-fastvit.ops.set_backend("triton")
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    model = accelerate(small().cuda().to(dtype), cuda_graphs=True, strict=True)
-    for batch in (1, 3, 1, 3):
-        x = images(model, batch).cuda().to(dtype)
-        print(error(model(x).float(), plain(model, x).float()))
-        replace(model)
-    assert all(getattr(model, GRAPHS)._replays.values())
-"""
-
-
-@needs_gpu
-def test_gpu_kernels_in_graphs():
-    """In a process of its own, because this one interprets kernels. The same kernels run with and
-    without a graph, so that even bfloat16 gives the same numbers."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    code += "from fastvit._compat import import_timm; import_timm()\n" + KERNELS
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    errors = [float(line) for line in done.stdout.splitlines() if not line.startswith("torch.")]
-    assert len(errors) == 12
-    assert max(errors) <= TOLERANCE
-
-
-@needs_gpu
-@pytest.mark.parametrize("precision", ["keep", "bf16", "fp16"])
-def test_gpu_replays_equal_plain_forwards(precision: str):
-    model = accelerate(small().cuda(), cuda_graphs=True, precision=precision)
-    for batch in (1, 3, 1, 3):
-        x = images(model, batch).cuda()
-        assert error(model(x), plain(model, x)) <= TOLERANCE
-    assert len(getattr(model, GRAPHS)._replays) == 2
-
-
-@needs_gpu
-@pytest.mark.parametrize("change", [move, replace, assign, new_head, pooling, taller_positions])
-def test_gpu_changes_are_noticed(change: Any):
-    model = on_gpu()
-    x = images(model).cuda()
-    before = model(x)
-    model.blocks[0].mlp.fc2.weight.mul_(1.5)
-    assert error(model(x), plain(model, x)) <= TOLERANCE
-    assert error(model(x), before) > TOLERANCE
-    change(model)
-    torch.cuda.empty_cache()
-    assert error(model(x), plain(model, x)) <= TOLERANCE
-
-
-@needs_gpu
-def test_gpu_streams_and_threads_do_not_mix():
-    model = on_gpu()
-    inputs = [images(model).cuda() for _ in range(4)]
-    expected = [plain(model, x) for x in inputs]
-    torch.cuda.synchronize()
-    results: list[list[Tensor]] = [[] for _ in inputs]
-
-    def work(i: int) -> None:
-        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            results[i] = [model(inputs[i]) for _ in range(50)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    torch.cuda.synchronize()
-    for outputs, wanted in zip(results, expected, strict=True):
-        assert len(outputs) == 50
-        assert max(error(y, wanted) for y in outputs) <= TOLERANCE
-
-
-@needs_gpu
-def test_gpu_a_forward_that_waits_runs_without_a_graph():
-    class Waits(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * x.abs().max().item()
-
-    model = on_gpu()
-    model.fc_norm = Waits()
-    x = images(model).cuda()
-    with pytest.warns(RuntimeWarning, match="no CUDA graph for an input of"):
-        ours = model(x)
-    assert error(ours, plain(model, x)) <= TOLERANCE
-    model.fc_norm = nn.Identity()
-    assert error(model(x), plain(model, x)) <= TOLERANCE
-    assert all(getattr(model, GRAPHS)._replays.values())

@@ -128,6 +128,33 @@ def uses_triton(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """How kernels differentiate an op.
+
+    Args:
+        backward: (grad, output, kept, args, needs) to one gradient for each true entry of `needs`
+            (one entry an argument), each of its input's shape and dtype. `grad` may have any
+            strides; `output` is None unless `saves_output`.
+        forward: as the op's `launch`, but gives the output and then the tensors kept for the
+            backward; None where nothing is kept.
+        kept: how many tensors that is.
+        fake_kept: their empty stand-ins, from the op's arguments.
+        unsaved: summands of the output's shape: the backward does not read them, so they are not
+            kept, and their gradient is a tensor like `grad`.
+        saves_output: the backward reads the output.
+        flops: FLOPs of the backward over those of the forward.
+    """
+
+    backward: Callable[..., list[Tensor]]
+    forward: Callable[..., tuple[Tensor, ...]] | None = None
+    kept: int = 0
+    fake_kept: Callable[..., tuple[Tensor, ...]] = lambda *args: ()
+    unsaved: tuple[str, ...] = ()
+    saves_output: bool = False
+    flops: float = 2.0
+
+
+@dataclass(frozen=True)
 class Op:
     """A registered op. Calling it dispatches through PyTorch with every argument positional."""
 
@@ -135,8 +162,16 @@ class Op:
     launch: Callable[..., Tensor]
     eager: Callable[..., Tensor]
     overload: Any
+    training: Any = None  # gives the output and what its backward keeps
 
     def __call__(self, *args: Any) -> Tensor:
+        if (
+            self.training is not None
+            and torch.is_grad_enabled()
+            and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+            and not torch.compiler.is_exporting()
+        ):
+            return self.training(*args)[0]
         return self.overload(*args)
 
 
@@ -151,8 +186,10 @@ def define_op(
     flops: Callable[..., int],
     autocast: tuple[str, ...] = (),
     autocast_dtype: torch.dtype | None = None,
+    gradient: Gradient | None = None,
 ) -> Op:
-    """Register ``fastvit::name`` and its gradient ``fastvit::name_backward``.
+    """Register ``fastvit::name`` and its gradient ``fastvit::name_backward``; where `gradient`
+    keeps tensors also ``fastvit::name_training``, which returns the output and those.
 
     Args:
         name: op name.
@@ -164,76 +201,142 @@ def define_op(
         flops: FLOPs of one forward from the positional arguments, tensors given as shapes.
         autocast: arguments cast under autocast.
         autocast_dtype: the dtype they are cast to; None for autocast's own.
+        gradient: the kernels of the gradient; without, PyTorch differentiates the plain path.
     """
     arguments = schema.strip()[1:-1]
     _LIB.define(f"{name}({arguments}) -> Tensor")
-    backward_name = f"{name}_backward"
-    _LIB.define(f"{backward_name}(Tensor grad, {arguments}, bool[] needs) -> Tensor[]")
     overload = getattr(torch.ops.fastvit, name).default
-    backward_overload = getattr(torch.ops.fastvit, backward_name).default
-    arg_names = [argument.name for argument in overload._schema.arguments]
-    tensor_at = [
-        i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)
-    ]
-    cast_at = [arg_names.index(argument) for argument in autocast]
+    backward_op = _define_backward(name, arguments, eager, reference, flops, gradient)
 
     def forward(*args: Any) -> Tensor:
-        # the first floating tensor decides: images may be uint8
-        decisive = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
-        if not uses_triton(decisive):
+        if not uses_triton(_decisive(args)):
             return eager(*args).contiguous()
-        return _run_triton(name, launch, eager, args)
+        return _run_triton(name, launch, lambda *args: eager(*args).contiguous(), args)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*(inputs[i] for i in tensor_at))
+    tensor_at = [i for i, a in enumerate(overload._schema.arguments) if "Tensor" in str(a.type)]
+    names = [argument.name for argument in overload._schema.arguments]
+    saved_at = [i for i in tensor_at if gradient is None or names[i] not in gradient.unsaved]
+    saves_output = gradient is not None and gradient.saves_output
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        y, *kept = (output,) if isinstance(output, Tensor) else output
+        ctx.save_for_backward(y if saves_output else None, *kept, *(inputs[i] for i in saved_at))
+        ctx.kept = len(kept)
         ctx.others = [None if i in tensor_at else value for i, value in enumerate(inputs)]
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         args = list(ctx.others)
-        for i, tensor in zip(tensor_at, ctx.saved_tensors, strict=True):
+        if grad is None:
+            return (None,) * len(args)
+        output, *tensors = ctx.saved_tensors
+        for i, tensor in zip(saved_at, tensors[ctx.kept :], strict=True):
             args[i] = tensor
-        needs = [bool(ctx.needs_input_grad[i]) for i in range(len(args))]
-        grads = iter(backward_overload(grad, *args, needs))
+        needs = [bool(need) for need in ctx.needs_input_grad]
+        grads = iter(backward_op(grad, *args, output, tensors[: ctx.kept], needs))
         return tuple(next(grads) if need else None for need in needs)
 
-    def backward_kernel(grad: Tensor, *rest: Any) -> list[Tensor]:
-        # on a GPU the plain path, which keeps less in memory than a reference spelled out
-        forward = eager if grad.is_cuda else reference or eager
-        return _differentiate(forward, grad, list(rest[:-1]), rest[-1])
+    def register(op_name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+        registered = getattr(torch.ops.fastvit, op_name)
+        _LIB.impl(op_name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvit::{op_name}", fake, lib=_LIB)
+        torch.library.register_autograd(
+            f"fastvit::{op_name}", backward, setup_context=setup_context, lib=_LIB
+        )
+        cast_at = [names.index(argument) for argument in autocast]
+        for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+            rule = _autocast_rule(registered.default, device_type, key, cast_at, autocast_dtype)
+            _LIB.impl(op_name, rule, key)
+        register_flop_formula(registered)(lambda *shapes, out_shape=None, **_: flops(*shapes))
+        return registered.default
 
-    def backward_fake(grad: Tensor, *rest: Any) -> list[Tensor]:
-        args, needs = rest[:-1], rest[-1]
-        return [arg.new_empty(arg.shape) for arg, need in zip(args, needs, strict=True) if need]
+    register(name, forward, fake)
+    training = None
+    if gradient is not None and gradient.forward is not None:
+        kernels, fake_kept = gradient.forward, gradient.fake_kept
+
+        def plain(*args: Any) -> tuple[Tensor, ...]:
+            # the backward then is PyTorch's too, and reads none of what is kept
+            return (eager(*args).contiguous(), *(kept.zero_() for kept in fake_kept(*args)))
+
+        def forward_training(*args: Any) -> tuple[Tensor, ...]:
+            if not uses_triton(_decisive(args)):
+                return plain(*args)
+            return _run_triton(name, kernels, plain, args)
+
+        results = ", ".join(["Tensor"] * (1 + gradient.kept))
+        _LIB.define(f"{name}_training({arguments}) -> ({results})")
+        training = register(
+            f"{name}_training", forward_training, lambda *args: (fake(*args), *fake_kept(*args))
+        )
+    op = Op(name=name, launch=launch, eager=eager, overload=overload, training=training)
+    OPS[name] = op
+    return op
+
+
+def _define_backward(
+    name: str,
+    arguments: str,
+    eager: Callable[..., Tensor],
+    reference: Callable[..., Tensor] | None,
+    flops: Callable[..., int],
+    gradient: Gradient | None,
+) -> Any:
+    """Register ``fastvit::name_backward``: (grad, the op's arguments, output, kept, needs)."""
+    for argument in gradient.unsaved if gradient else ():
+        arguments = re.sub(rf"Tensor\?? {argument}\b", f"Tensor? {argument}", arguments)
+    backward_name = f"{name}_backward"
+    _LIB.define(
+        f"{backward_name}(Tensor grad, {arguments}, Tensor? output, Tensor[] kept, bool[] needs)"
+        " -> Tensor[]"
+    )
+
+    def plain(grad: Tensor, output: Any, kept: Any, args: list[Any], needs: list[bool]) -> Any:
+        # an argument that was not saved is a summand: any value has the same gradient
+        zeros = grad.new_zeros(()).expand(grad.shape)
+        args = [zeros if need and a is None else a for a, need in zip(args, needs, strict=True)]
+        # on a GPU the plain path, which keeps less in memory than a reference spelled out
+        return _differentiate(eager if grad.is_cuda else reference or eager, grad, args, needs)
+
+    def backward(grad: Tensor, *rest: Any) -> list[Tensor]:
+        *args, output, kept, needs = rest
+        if gradient is None or not uses_triton(grad) or name in _uncompiled:
+            return plain(grad, output, kept, args, needs)
+        if gradient.kept and not kept:  # of the op itself, not of its training form
+            assert gradient.forward is not None
+            output, *kept = gradient.forward(*args)
+        return _run_triton(
+            backward_name, gradient.backward, plain, (grad, output, kept, args, needs)
+        )
+
+    def fake(grad: Tensor, *rest: Any) -> list[Tensor]:
+        *args, _, _, needs = rest
+        return [
+            grad.new_empty(grad.shape) if arg is None else arg.new_empty(arg.shape)
+            for arg, need in zip(args, needs, strict=True)
+            if need
+        ]
 
     def no_second_derivative(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
             f"fastvit.ops.{name} has no second derivative; use FASTVIT_BACKEND=torch for one"
         )
 
-    _LIB.impl(name, forward, "CompositeExplicitAutograd")
-    _LIB.impl(backward_name, backward_kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIB)
-    torch.library.register_fake(f"fastvit::{backward_name}", backward_fake, lib=_LIB)
-    torch.library.register_autograd(
-        f"fastvit::{name}", backward, setup_context=setup_context, lib=_LIB
-    )
+    _LIB.impl(backward_name, backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastvit::{backward_name}", fake, lib=_LIB)
     torch.library.register_autograd(f"fastvit::{backward_name}", no_second_derivative, lib=_LIB)
-    for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
-        rule = _autocast_rule(overload, device_type, key, cast_at, autocast_dtype)
-        _LIB.impl(name, rule, key)
+    # PyTorch's own differentiation runs the forward once more
+    ratio = 3.0 if gradient is None else gradient.flops
+    registered = getattr(torch.ops.fastvit, backward_name)
+    register_flop_formula(registered)(
+        lambda grad, *shapes, out_shape=None, **_: int(ratio * flops(*shapes[:-3]))
+    )
+    return registered.default
 
-    def forward_flops(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return flops(*shapes)
 
-    def backward_flops(grad_shape: Any, *shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        # the gradient runs the forward once more, and two products for each of its products
-        return 3 * flops(*shapes[:-1])
-
-    register_flop_formula(getattr(torch.ops.fastvit, name))(forward_flops)
-    register_flop_formula(getattr(torch.ops.fastvit, backward_name))(backward_flops)
-    op = Op(name=name, launch=launch, eager=eager, overload=overload)
-    OPS[name] = op
-    return op
+def _decisive(args: tuple[Any, ...]) -> Tensor:
+    """The tensor that decides where an op runs: the first floating one, as images may be uint8."""
+    return next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
 
 
 def _autocast_rule(
@@ -274,9 +377,12 @@ def _differentiate(
     return [g.contiguous() for g in grads]
 
 
+_uncompiled: set[str] = set()  # ops whose Triton path failed to compile
+
+
 def _run_triton(
-    name: str, launch: Callable[..., Tensor], eager: Callable[..., Tensor], args: tuple[Any, ...]
-) -> Tensor:
+    name: str, launch: Callable[..., Any], eager: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     """Launch; where the compiler (not the kernel) fails, warn once and run plain PyTorch."""
     if _path == "interpret":
         from fastvit.kernels import _interpreter
@@ -289,9 +395,10 @@ def _run_triton(
     except Exception as error:
         if _path == "triton" or not is_compile_failure(error):
             raise
+        _uncompiled.add(name)
         message = re.sub(r"\s+", " ", str(error))[:300]
         _warn_once(f"fastvit: Triton could not compile {name}, running plain PyTorch: {message}")
-        return eager(*args).contiguous()
+        return eager(*args)
 
 
 def launch(kernel: Any, programs: int, tile: TileConfig, **arguments: Any) -> None:

@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench report gpu audit numerics
+.PHONY: demo test test-slow lint bench microbench report gpu audit numerics
 demo: $(INSTALLED)
 	$(BIN)/fastvit demo
 
@@ -23,6 +23,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/fastvit bench models
 	$(BIN)/fastvit bench ops
+
+microbench: $(INSTALLED)
+	$(BIN)/pytest benchmarks/bench_ops.py --benchmark-group-by=group
 
 report: $(INSTALLED)
 	$(BIN)/fastvit report

@@ -1,0 +1,27 @@
+"""`benchmarks/bench_ops.py` under pytest-benchmark."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_times_both_paths(tmp_path):
+    record = tmp_path / "ops.json"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", ROOT / "benchmarks" / "bench_ops.py", "-q",
+            "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "layer_norm and batch and 1",
+            f"--benchmark-json={record}",
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    entries = json.loads(record.read_text())["benchmarks"]
+    paths = {entry["params"]["path"] for entry in entries}
+    assert paths == {"fastvit", "eager"}
+    assert all(entry["stats"]["median"] > 0 for entry in entries)

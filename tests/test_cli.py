@@ -19,7 +19,7 @@ from fastvit import environment, numerics, ops
 from fastvit.cli import _shared
 from fastvit.cli.main import app
 from fastvit.cli.numerics import choose_path
-from fastvit.kernels import _spec
+from fastvit.kernels import _spec, _tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -273,6 +273,24 @@ def test_list_refuses_a_pattern_that_matches_nothing():
 
 
 # --------------------------------------------------------------------------- doctor
+
+
+def test_doctor_shows_the_tuning_cache(tmp_path, monkeypatch):
+    row = {"dtype": ["bfloat16"], "tile": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}}
+    path = tmp_path / "tuning" / "linear" / "sm90.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"rows": [row]}))
+    monkeypatch.setenv("FASTVIT_CACHE", str(tmp_path))
+    _tuning.reload()
+    try:
+        record = run_json("doctor")
+        table = run("doctor").stdout
+    finally:
+        _tuning.reload()
+    assert record["tuning_cache"] == [
+        {"op": "linear", "arch": "sm90", "path": str(path), "rows": 1}
+    ]
+    assert "measured here, linear" in table
 
 
 def test_doctor_tells_versions_paths_and_tables():

@@ -34,6 +34,7 @@ def diagnosis() -> dict[str, Any]:
         "environment": facts,
         "paths": paths,
         "tuning_tables": tuning_tables(facts["gpu_arch"]),
+        "tuning_cache": tuning_cache(),
     }
 
 
@@ -70,6 +71,18 @@ def tuning_tables(arch: str | None) -> list[dict[str, Any]]:
     return tables
 
 
+def tuning_cache() -> list[dict[str, Any]]:
+    """What `fastvit tune` has kept on this machine; its rows go before the package's."""
+    from fastvit.kernels import _tuning
+
+    paths = _tuning.cache_path("*", "*").parent.parent.glob("*/*.json")
+    return [
+        {"op": path.parent.name, "arch": path.stem, "path": str(path), "rows": len(rows)}
+        for path in sorted(paths)
+        if (rows := _tuning.load_cache(path.parent.name, path.stem))
+    ]
+
+
 def _print(facts: dict[str, Any]) -> None:
     environment = facts["environment"]
     table = Table("", "this machine", title="fastvit doctor", show_header=False)
@@ -90,6 +103,8 @@ def _print(facts: dict[str, Any]) -> None:
             for entry in entries
         )
         table.add_row(f"tuning of {op}", ", ".join(names))
+    for entry in facts["tuning_cache"]:
+        table.add_row(f"measured here, {entry['op']}", f"{entry['path']} ({entry['rows']} rows)")
     console().print(table)
 
 

@@ -197,3 +197,29 @@ def resample_patch_embed(weight: Tensor, new_size: tuple[int, int]) -> Tensor:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(2)
     new = wide @ torch.linalg.pinv(resize).to(wide.dtype)  # (D, C, new pixels)
     return new.unflatten(2, new_size).to(weight.dtype)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int, temperature: float = 10_000.0) -> Tensor:
+    """The fixed 2-D embedding: sines and cosines of a patch's column, then of its row.
+
+    Args:
+        grid: (gh, gw).
+        dim: D, a multiple of 4.
+
+    Returns:
+        float32 [1, gh * gw, D].
+
+    Raises:
+        ValueError: `dim` is not a multiple of 4.
+
+    Source: MoCo v3 (arXiv:2104.02057), section 5, after arXiv:1706.03762, section 3.5.
+    """
+    if dim % 4:
+        raise ValueError(f"a 2-D sine-cosine embedding needs a multiple of 4, got dim={dim}")
+    frequency = temperature ** -(torch.arange(dim // 4) / (dim // 4))
+
+    def axis(size: int) -> Tensor:
+        angle = torch.arange(size)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)[None]  # (1, size, D/2)
+
+    return join_axes(axis(grid[1]), axis(grid[0]))

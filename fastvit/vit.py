@@ -107,10 +107,10 @@ class VisionTransformer(nn.Module):
         self.no_embed_class, self.dynamic_img_size = cfg.no_embed_class, cfg.dynamic_img_size
         self.grad_checkpointing = False
 
-        strict = not cfg.dynamic_img_size
         self.patch_embed = PatchEmbed(
-            cfg.img_size, cfg.patch_size, cfg.in_chans, dim, not cfg.pre_norm, strict
-        )
+            cfg.img_size, cfg.patch_size, cfg.in_chans, dim,
+            bias=not cfg.pre_norm, strict_img_size=not cfg.dynamic_img_size,
+        )  # fmt: skip
         grid = self.patch_embed.grid_size
 
         def table(wanted: bool, rows: int, width: int = dim) -> nn.Parameter | None:
@@ -176,30 +176,35 @@ class VisionTransformer(nn.Module):
             return None
         return resample_pos_embed(table, grid, self.patch_embed.grid_size, prefix)[0]
 
+    def _prefix(self) -> Tensor | None:  # (P, D): CLS and register tokens
+        tokens = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        return torch.cat(tokens) if tokens else None
+
     def _embed(self, images: Tensor) -> Tensor:
         """[B, C, H, W] to what the first block takes, [B, P + N, D]."""
         patch_embed = self.patch_embed
         patch_embed.check_images(images)
-        position = self._position(patch_embed.dynamic_feat_size(images.shape[2:]))
-        tokens = [t[0] for t in (self.cls_token, self.reg_token) if t is not None]
-        prefix = torch.cat(tokens) if tokens else None  # (P, D)
-        if is_plain(patch_embed):
-            weight, bias = patch_embed.proj.weight, patch_embed.proj.bias
-            mean = std = None
-            if images.dtype == torch.uint8:
-                mean, std = self.default_cfg.get("mean"), self.default_cfg.get("std")
-                if mean is None or std is None:
-                    raise ValueError("uint8 images need 'mean' and 'std' in model.default_cfg")
-            x = ops.patch_embed(
-                images, weight, bias, pos_embed=position, prefix=prefix, mean=mean, std=std
-            )
-        else:
-            x = patch_embed(images)
-            if position is not None and position.shape[0] == x.shape[1]:
-                x, position = x + position, None
-            if prefix is not None:
-                x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
-            x = x if position is None else x + position
+        grid = patch_embed.dynamic_feat_size(images.shape[2:])
+        if not is_plain(patch_embed):
+            return self._add_positions(patch_embed(images), grid)
+        mean = std = None
+        if images.dtype == torch.uint8:
+            mean, std = self.default_cfg.get("mean"), self.default_cfg.get("std")
+            if mean is None or std is None:
+                raise ValueError("uint8 images need 'mean' and 'std' in model.default_cfg")
+        x = ops.patch_embed(
+            images, patch_embed.proj.weight, patch_embed.proj.bias, mean=mean, std=std,
+            pos_embed=self._position(grid), prefix=self._prefix(),
+        )  # fmt: skip
+        return self.norm_pre(self.pos_drop(x))
+
+    def _add_positions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Projected patches [B, N, D] to what the first block takes, [B, P + N, D]."""
+        position, prefix = self._position(grid), self._prefix()
+        if position is not None and position.shape[0] == x.shape[1]:
+            x, position = x + position, None
+        x = x if prefix is None else torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+        x = x if position is None else x + position
         return self.norm_pre(self.pos_drop(x))
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:

@@ -19,7 +19,9 @@ def test_patches_are_in_the_order_of_the_projection():
     model = encoder()
     images = torch.randn(2, 3, 8, 8)
     weight = model.patch_embed.proj.weight.flatten(1)
-    by_hand = patchify(images, (2, 2)) @ weight.T + model.patch_embed.proj.bias
+    by_hand = torch.nn.functional.linear(
+        patchify(images, (2, 2)), weight, model.patch_embed.proj.bias
+    )
     torch.testing.assert_close(by_hand, model.patch_embed(images))
 
 
@@ -84,7 +86,10 @@ def test_loss_is_that_of_masked_patches_and_reaches_every_parameter():
 def test_decoder_puts_patches_back_in_place():
     """With visible patches and masked ones told apart by their size alone."""
     model = MaskedAutoencoder(encoder(class_token=False, global_pool="avg"), decoder_depth=0)
-    model.decoder = model.decoder_head = torch.nn.Identity()
+    model.decoder = torch.nn.Sequential()
+    model.decoder_head = torch.nn.Linear(128, 128)
+    torch.nn.init.eye_(model.decoder_head.weight)
+    torch.nn.init.zeros_(model.decoder_head.bias)
     model.decoder_embed = torch.nn.Linear(32, 128)
     torch.nn.init.zeros_(model.decoder_embed.weight)
     torch.nn.init.constant_(model.decoder_embed.bias, 7.0)

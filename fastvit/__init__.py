@@ -3,19 +3,30 @@
 from fastvit import numerics, ops
 
 # at once: imported later, the subpackage would take the place of the function of its name
-from fastvit.accelerate import Plan, accelerate, explain, restore
+from fastvit.accelerate import (
+    Calibration,
+    Plan,
+    accelerate,
+    calibrate,
+    explain,
+    register_transformers,
+    restore,
+)
 from fastvit.models import create_model
 from fastvit.variants import list_models
 from fastvit.vit import VisionTransformer
 
 __all__ = [
+    "Calibration",
     "Plan",
     "VisionTransformer",
     "accelerate",
+    "calibrate",
     "create_model",
     "explain",
     "list_models",
     "numerics",
     "ops",
+    "register_transformers",
     "restore",
 ]

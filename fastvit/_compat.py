@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
@@ -40,4 +41,35 @@ def import_timm() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ImportError(
             f"this needs {error.name}, which is not installed: pip install timm"
+        ) from error
+
+
+def import_torchvision() -> ModuleType:
+    """The torchvision package; its C++ ops may be missing.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    try:
+        _define_torchvision_schemas()
+        return importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs {error.name}, which is not installed: pip install torchvision"
+        ) from error
+
+
+def import_transformers() -> ModuleType:
+    """The transformers package.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    with contextlib.suppress(ModuleNotFoundError):  # it imports torchvision where it finds one
+        _define_torchvision_schemas()
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs {error.name}, which is not installed: pip install transformers"
         ) from error

@@ -1,4 +1,4 @@
-"""Weights from files and from timm's hub into a `VisionTransformer`."""
+"""Weights from files of any library, and from timm's hub, into a `VisionTransformer`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from fastvit._compat import import_timm
+from fastvit.checkpoint_formats import read_npz, to_timm
 from fastvit.pos_embed import (
     relative_prefix_rows,
     resample_axis,
@@ -38,8 +39,11 @@ def load_checkpoint(
 
     Args:
         model: takes the weights, in its own dtype and on its own device.
-        source: a .safetensors file, a file of torch.save, or a state_dict under timm's names. A
-            dict around it (``model``, ``state_dict``) and DataParallel's prefix are taken off.
+        source: a .safetensors file, a file of torch.save, Google's .npz, or a state_dict, under the
+            names of timm, transformers, torchvision, open_clip, DINO, DINOv2 or Google. A dict
+            around it (``model``, ``state_dict``, DINO's ``teacher``) and DataParallel's prefix are
+            taken off. Weights only: what the libraries set otherwise stays the model's, above all
+            the eps of its norms (1e-6; transformers' ViT has 1e-12, torch's LayerNorm 1e-5).
         source_grid: rows and columns of patches that it was made for; None: the model's own where
             the count agrees, else a square.
 
@@ -49,16 +53,21 @@ def load_checkpoint(
             or missing keys, unexpected keys and wrong shapes, listed. The model is as it was.
     """
     state = _unwrap(read_checkpoint(source) if isinstance(source, str | os.PathLike) else source)
+    not_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    library = None
+    if not not_tensors:  # else they are named below, under the names that they have
+        state, library = to_timm(state, model)
     state = adapt(model, state, source_grid)
     problems = _problems(model.state_dict(), state)
     if problems:
         origin = f" {source}" if isinstance(source, str | os.PathLike) else ""
+        origin += f" of {library}" if library else ""
         raise ValueError(f"checkpoint{origin} does not fit the model:\n" + "\n".join(problems))
     model.load_state_dict(state)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """What a .safetensors file, or a file of torch.save, holds; never runs code from it.
+    """What a .safetensors file, a .npz, or a file of torch.save holds; never runs code from it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -72,6 +81,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if path.endswith(".npz"):
+            return read_npz(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -88,7 +99,7 @@ def _first_line(error: Exception) -> str:
 
 def _unwrap(state: Any) -> dict[str, Tensor]:
     """The state_dict within what training scripts save."""
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):

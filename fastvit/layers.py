@@ -5,6 +5,7 @@ Shape legend: B batch, N tokens, D width, H heads, d head dimension.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +24,16 @@ def is_active(module: nn.Module) -> bool:
     return module.training and bool(rate)
 
 
-def apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """An `nn.LayerNorm`'s arithmetic on our kernel; any other norm as it is."""
+def apply_norm(norm: Any, x: Tensor) -> Tensor:
+    """A LayerNorm's or RMSNorm's arithmetic on our kernel; any other norm as it is.
+
+    timm and torch each have an RMSNorm of their own, so that one goes by name.
+    """
     if isinstance(norm, nn.LayerNorm):
         return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    if type(norm).__name__ in ("RMSNorm", "RmsNorm"):
+        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+        return ops.rms_norm(x, norm.weight, eps)
     return norm(x)
 
 
@@ -41,7 +48,11 @@ def fused_attention(attn: Any, x: Tensor, attn_mask: Tensor | None = None) -> Te
     Returns:
         [B, N, H*d].
     """
-    qkv = ops.linear(x, attn.qkv.weight, attn.qkv.bias)  # (B, N, 3*H*d)
+    return attend(attn, ops.linear(x, attn.qkv.weight, attn.qkv.bias), attn_mask)
+
+
+def attend(attn: Any, qkv: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """What `fused_attention` does after its first linear: [B, N, 3*H*d] to [B, N, H*d]."""
     dropout_p = attn.attn_drop.p if attn.training else 0.0
     if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
         out = ops.attention_qkv(qkv, attn.num_heads, attn_mask, dropout_p)
@@ -56,8 +67,9 @@ def fused_attention(attn: Any, x: Tensor, attn_mask: Tensor | None = None) -> Te
 def fused_block(block: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """A pre-norm encoder block (ViT paper, equations 2 and 3) on our kernels.
 
-    LayerScale and the residual sum ride in the last linear of each half; where dropout or
-    stochastic depth is active between the two, that half runs its tail unfused, in timm's order.
+    LayerScale, stochastic depth and the residual sum ride in the last linear of each half, and the
+    backward computes norms and activations again; where dropout is active before the sum, that half
+    runs its tail unfused, in timm's order.
 
     Args:
         block: a module tree with timm's names: ``norm1, attn, ls1, drop_path1, norm2, mlp, ls2,
@@ -69,27 +81,57 @@ def fused_block(block: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tenso
         [B, N, D].
     """
     attn, mlp = block.attn, block.mlp
-    out = fused_attention(attn, apply_norm(block.norm1, x), attn_mask)
-    scale = getattr(block.ls1, "gamma", None)
-    if is_active(attn.proj_drop) or is_active(block.drop_path1):
+    out = attend(attn, norm_linear(block.norm1, x, attn.qkv), attn_mask)
+    if is_active(attn.proj_drop):
         out = attn.proj_drop(ops.linear(out, attn.proj.weight, attn.proj.bias))
         x = x + block.drop_path1(block.ls1(out))
     else:
-        x = ops.linear(out, attn.proj.weight, attn.proj.bias, scale=scale, residual=x)
-
-    h = apply_norm(block.norm2, x)
-    scale = getattr(block.ls2, "gamma", None)
-    activation = activation_name(mlp.act)
-    plain = isinstance(mlp.norm, nn.Identity) and not is_active(mlp.drop1)
-    if plain and not (is_active(mlp.drop2) or is_active(block.drop_path2)):
-        return ops.mlp(
-            h, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            activation=activation, scale=scale, residual=x,
+        x = ops.linear(
+            out, attn.proj.weight, attn.proj.bias, scale=getattr(block.ls1, "gamma", None),
+            residual=x, row_scale=drop_path_scale(block.drop_path1, x),
         )  # fmt: skip
-    h = ops.linear(h, mlp.fc1.weight, mlp.fc1.bias, activation=activation)
-    h = apply_norm(mlp.norm, mlp.drop1(h))
-    h = mlp.drop2(ops.linear(h, mlp.fc2.weight, mlp.fc2.bias))
-    return x + block.drop_path2(block.ls2(h))
+
+    activation = activation_name(mlp.act)
+    if is_active(mlp.drop1) or not isinstance(mlp.norm, nn.Identity):
+        h = ops.linear(
+            apply_norm(block.norm2, x), mlp.fc1.weight, mlp.fc1.bias, activation=activation
+        )
+        h = apply_norm(mlp.norm, mlp.drop1(h))
+        h = mlp.drop2(ops.linear(h, mlp.fc2.weight, mlp.fc2.bias))
+        return x + block.drop_path2(block.ls2(h))
+    h, norm = norm_in_front(block.norm2, x)
+    fused = functools.partial(
+        ops.mlp, h, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        activation=activation, **norm,
+    )  # fmt: skip
+    if is_active(mlp.drop2):
+        return x + block.drop_path2(block.ls2(mlp.drop2(fused())))
+    return fused(
+        scale=getattr(block.ls2, "gamma", None), residual=x,
+        row_scale=drop_path_scale(block.drop_path2, x),
+    )  # fmt: skip
+
+
+def norm_linear(norm: nn.Module, x: Tensor, linear: nn.Linear) -> Tensor:
+    """A linear behind a norm; behind a LayerNorm in one op, which keeps x only."""
+    if isinstance(norm, nn.LayerNorm):
+        return ops.norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps)
+    return ops.linear(apply_norm(norm, x), linear.weight, linear.bias)
+
+
+def norm_in_front(norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What `ops.mlp` takes in the place of a norm: its input and options."""
+    if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
+        return x, {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+    return apply_norm(norm, x), {}
+
+
+def drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """Stochastic depth as a factor for each token of x [B, N, D], [B, N]: one for each sample,
+    drawn by the module itself. None where it is inactive."""
+    if not is_active(drop_path):
+        return None
+    return drop_path(x.new_ones(x.shape[0], 1)).expand(x.shape[:-1])
 
 
 def activation_name(act: nn.Module) -> str | None:

@@ -33,7 +33,8 @@ def create_model(
         pretrained: fetch the weights as timm does, from its own source for the name and tag. With
             another `num_classes` the head is new; with another `img_size` the position embedding
             is resampled.
-        checkpoint: a .safetensors or torch file, or a state_dict, to load instead.
+        checkpoint: a .safetensors, torch or Google .npz file, or a state_dict, to load instead; of
+            timm, transformers, torchvision, open_clip, DINO or DINOv2, as in `load_checkpoint`.
         num_classes, img_size, global_pool, pos_embed, overrides: fields of `variants.ViTConfig`;
             None for the name's own.
 

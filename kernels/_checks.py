@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from fastvit.kernels._device import fp8_problem
 
 
 def check_tensors(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -48,3 +52,23 @@ def check_shape(op: str, name: str, tensor: Tensor | None, *expected: int) -> No
     """
     if tensor is not None and tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {list(expected)}")
+
+
+def check_fp8_device(op: str, device: torch.device) -> None:
+    """Of an architecture whose tensor cores multiply e4m3.
+
+    Raises:
+        RuntimeError: naming the architecture.
+    """
+    if (problem := fp8_problem(device)) is not None:
+        raise RuntimeError(f"{op}: {problem}")
+
+
+def check_out_scale(op: str, out_scale: float | None) -> None:
+    """None, or a positive finite number.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if out_scale is not None and not 0 < out_scale < math.inf:
+        raise ValueError(f"{op}: out_scale {out_scale} is not a positive number")

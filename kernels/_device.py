@@ -51,3 +51,11 @@ def _architecture(index: int | None) -> str:
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm{major}{minor}"
+
+
+def fp8_problem(device: torch.device) -> str | None:
+    """Why no kernel multiplies e4m3 on this device, or None if it can."""
+    arch = architecture(device)
+    if arch.startswith("gfx"):
+        return f"{arch} is not supported: AMD's e4m3 before gfx950 is another format (fnuz)"
+    return None if int(arch[2:]) >= 89 else f"{arch} has no e4m3; sm_89 and newer do"

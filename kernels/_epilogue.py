@@ -19,12 +19,8 @@ GELU_P8 = tl.constexpr(3.57245947e-11)
 
 
 @triton.jit
-def gelu_polynomial(x):
-    """Exact GELU within 4e-5 with no call of a special function: half the instructions of erf.
-
-    That is under bfloat16's own rounding (2^-8 of the result) wherever the result exceeds 0.01, so
-    it is used for results that are stored in bfloat16 and for no other.
-    """
+def normal_cdf_polynomial(x):
+    """The normal distribution's Phi(x), exact to 4e-5 / |x|, with no call of a special function."""
     t = tl.minimum(tl.maximum(x, -GELU_CLAMP), GELU_CLAMP)
     s = t * t
     p = GELU_P8 * s + GELU_P7
@@ -35,7 +31,22 @@ def gelu_polynomial(x):
     p = p * s + GELU_P2
     p = p * s + GELU_P1
     p = p * s + GELU_P0
-    return x * tl.minimum(tl.maximum(p * t + 0.5, 0.0), 1.0)
+    return tl.minimum(tl.maximum(p * t + 0.5, 0.0), 1.0)
+
+
+@triton.jit
+def normal_density(x):
+    return 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def gelu_polynomial(x):
+    """Exact GELU within 4e-5 with no call of a special function: half the instructions of erf.
+
+    That is under bfloat16's own rounding (2^-8 of the result) wherever the result exceeds 0.01, so
+    it is used for results that are stored in bfloat16 and for no other.
+    """
+    return x * normal_cdf_polynomial(x)
 
 
 @triton.jit
@@ -56,6 +67,119 @@ def activate(x, ACTIVATION: tl.constexpr):
         # not tl.maximum: a NaN has to stay one
         x = tl.where(x <= 0.0, 0.0, x)
     return x
+
+
+@triton.jit
+def sigmoid_and_rest(x):
+    """sigmoid(x) and 1 - sigmoid(x), which as a difference would lose its digits near 0."""
+    e = tl.exp(tl.where(x < -80.0, 80.0, -x))  # a larger one could become infinity
+    s = 1.0 / (1.0 + e)
+    return s, e * s
+
+
+@triton.jit
+def activate_with_slope(x, ACTIVATION: tl.constexpr):
+    """`activate`'s result and its derivative."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        y = x * cdf
+        slope = cdf + x * normal_density(x)
+    elif ACTIVATION == "gelu_polynomial":
+        cdf = normal_cdf_polynomial(x)
+        y = x * cdf
+        slope = cdf + x * normal_density(x)
+    elif ACTIVATION == "gelu_tanh":
+        s, rest = sigmoid_and_rest(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * s
+        slope = s + y * rest * (1.5957691216057308 + 0.2140644488178051 * x * x)
+    elif ACTIVATION == "quick_gelu":
+        s, rest = sigmoid_and_rest(1.702 * x)
+        y = x * s
+        slope = s + y * rest * 1.702
+    elif ACTIVATION == "silu":
+        s, rest = sigmoid_and_rest(x)
+        y = x * s
+        slope = s + y * rest
+    elif ACTIVATION == "relu":
+        y = tl.where(x <= 0.0, 0.0, x)
+        slope = tl.where(x <= 0.0, 0.0, 1.0).to(x.dtype)
+    else:
+        y = x
+        slope = tl.full(x.shape, 1.0, x.dtype)
+    return y, slope
+
+
+@triton.jit
+def saturate(x):
+    """float32 `x` within e4m3's range of +-448; NaN stays NaN."""
+    return tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+
+
+@triton.jit
+def row_moments(
+    statistics_ptr, first_row, M, WIDTH, PARTS: tl.constexpr, PART: tl.constexpr,
+    EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / sqrt(variance + EPS) of BLOCK_M rows of WIDTH values, from the mean and the sum
+    of centred squares of each of their PARTS of PART values (the last may be shorter).
+
+    Parts are merged as Chan, Golub and LeVeque do (1979), which loses nothing to cancellation.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    parts = tl.arange(0, triton.next_power_of_2(PARTS))
+    inside = (rows < M - first_row)[:, None] & (parts < PARTS)[None, :]
+    base = statistics_ptr + first_row.to(tl.int64) * (2 * PARTS)
+    ptrs = base + rows[:, None] * (2 * PARTS) + parts[None, :] * 2
+    means = tl.load(ptrs, mask=inside, other=0.0).to(ACC)
+    squares = tl.load(ptrs + 1, mask=inside, other=0.0).to(ACC)
+    counts = tl.maximum(tl.minimum(WIDTH - parts * PART, PART), 0).to(ACC)[None, :]
+    mean = tl.sum(means * counts, axis=1) / WIDTH
+    apart = means - mean[:, None]
+    variance = tl.sum(squares + counts * apart * apart, axis=1) / WIDTH
+    return mean, 1.0 / tl.sqrt(variance + EPS)
+
+
+@triton.jit
+def rescale(
+    acc, factor_ptr, colsum_ptr, statistics_ptr, first_row, first_col, M, N, K,
+    PARTS: tl.constexpr, PART: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The sums of a tile, times a factor for each column (fp8's scales), or as if each row of x had
+    been normalised: rstd * (x W - mean * colsum(W))."""
+    cols = tl.arange(0, BLOCK_N)
+    in_cols = cols < N - first_col
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + first_col + cols, mask=in_cols, other=0.0)[None, :].to(ACC)
+    if statistics_ptr is not None:
+        colsum = tl.load(colsum_ptr + first_col + cols, mask=in_cols, other=0.0).to(ACC)
+        mean, rstd = row_moments(
+            statistics_ptr, first_row, M, K, PARTS, PART, EPS, ACC, BLOCK_M
+        )  # fmt: skip
+        acc = rstd[:, None] * (acc - mean[:, None] * colsum[None, :])
+    return acc
+
+
+@triton.jit
+def store_row_statistics(
+    y, statistics_ptr, first_row, first_col, M, N, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of centred squares of the rows of `y` [BLOCK_M, BLOCK_N], as it is stored, to
+    [M, cdiv(N, BLOCK_N), 2]."""
+    cols = tl.arange(0, BLOCK_N)
+    in_cols = (cols < N - first_col)[None, :]
+    values = tl.where(in_cols, y.to(ACC), 0.0)
+    count = tl.minimum(N - first_col, BLOCK_N)
+    mean = tl.sum(values, axis=1) / count
+    centred = tl.where(in_cols, values - mean[:, None], 0.0)
+    squares = tl.sum(centred * centred, axis=1)
+    rows = tl.arange(0, BLOCK_M)
+    parts = tl.cdiv(N, BLOCK_N)
+    base = statistics_ptr + first_row.to(tl.int64) * (2 * parts) + 2 * (first_col // BLOCK_N)
+    inside = (rows < M - first_row) & (first_col < N)
+    tl.store(base + rows * (2 * parts), mean, mask=inside)
+    tl.store(base + rows * (2 * parts) + 1, squares, mask=inside)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
-"""bfloat16 under Triton's interpreter.
+"""bfloat16 and float8 (e4m3) under Triton's interpreter.
 
 The interpreter keeps bfloat16 as 16 raw bits and computes on those bits, so products and sums come
 out as garbage and conversions truncate. Here bfloat16 values are widened to float32 for every
-operation and rounded back to nearest even, which is what a GPU does. Tested bit by bit in
+operation and rounded back to nearest even, which is what a GPU does. It truncates conversions to
+e4m3 and reads its NaN as 480; here PyTorch converts. Tested bit by bit in
 `tests/test_interpreter.py`; kernels never import this.
 """
 
@@ -12,6 +13,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -28,11 +30,25 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def widen_e4m3(bits: np.ndarray) -> np.ndarray:
+    """e4m3 bits (uint8) as float32."""
+    bits = np.ascontiguousarray(bits)
+    return torch.from_numpy(bits).view(torch.float8_e4m3fn).float().numpy()
+
+
+def narrow_e4m3(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to nearest even e4m3, as bits (uint8); kernels keep within +-448."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def _is_bf16(value: Any) -> bool:
     return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
 
 
 def _wide(value: Any) -> Any:
+    if isinstance(value, TensorHandle) and value.dtype.scalar == tl.float8e4nv:
+        return TensorHandle(widen_e4m3(value.data), tl.float32)
     return TensorHandle(widen(value.data), tl.float32) if _is_bf16(value) else value
 
 
@@ -57,10 +73,12 @@ def _cast(original: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
         if source == target:
             return TensorHandle(src.data, target)
-        if source == tl.bfloat16:
-            return cast_impl(self, TensorHandle(widen(src.data), tl.float32), dst_type)
+        if source in (tl.bfloat16, tl.float8e4nv):
+            return cast_impl(self, _wide(src), dst_type)
         if target == tl.bfloat16:
             return TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
+        if target == tl.float8e4nv:
+            return TensorHandle(narrow_e4m3(src.data), tl.float8e4nv)
         return original(self, src, dst_type)
 
     return cast_impl
@@ -71,7 +89,7 @@ def _fp_to_fp(original: Any, cast_impl: Any) -> Any:
     def create_fp_to_fp(
         self: InterpreterBuilder, src: TensorHandle, dst_type: Any, mode: Any
     ) -> TensorHandle:
-        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+        if {tl.bfloat16, tl.float8e4nv} & {src.dtype.scalar, dst_type.scalar}:
             return cast_impl(self, src, dst_type)
         return original(self, src, dst_type, mode)
 
@@ -84,7 +102,7 @@ def _dot(original: Any) -> Any:
         self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle,
         input_precision: Any, max_num_imprecise_acc: Any,
     ) -> TensorHandle:  # fmt: skip
-        # products of bfloat16 are exact in float32, which also holds the sum
+        # products of bfloat16 and e4m3 are exact in float32, which also holds the sum
         return original(self, _wide(a), _wide(b), d, input_precision, max_num_imprecise_acc)
 
     return create_dot

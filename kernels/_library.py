@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvit.kernels._tuning import TileConfig
+from fastvit.kernels import _launch
 
 BACKENDS = ("auto", "triton", "torch")
 _LIB = torch.library.Library("fastvit", "DEF")
@@ -140,7 +140,7 @@ class Gradient:
         kept: how many tensors that is.
         fake_kept: their empty stand-ins, from the op's arguments.
         unsaved: summands of the output's shape: the backward does not read them, so they are not
-            kept, and their gradient is a tensor like `grad`.
+            kept, and where autograd asks, their gradient is `grad` itself.
         saves_output: the backward reads the output.
         flops: FLOPs of the backward over those of the forward.
     """
@@ -163,6 +163,7 @@ class Op:
     eager: Callable[..., Tensor]
     overload: Any
     training: Any = None  # gives the output and what its backward keeps
+    gradient: Gradient | None = None
 
     def __call__(self, *args: Any) -> Tensor:
         if (
@@ -184,6 +185,7 @@ def define_op(
     reference: Callable[..., Tensor] | None = None,
     fake: Callable[..., Tensor],
     flops: Callable[..., int],
+    flops_of_values: bool = False,
     autocast: tuple[str, ...] = (),
     autocast_dtype: torch.dtype | None = None,
     gradient: Gradient | None = None,
@@ -199,6 +201,7 @@ def define_op(
         reference: differentiated for the gradient on a CPU; `eager` unless given.
         fake: returns an empty contiguous result of the right shape and dtype.
         flops: FLOPs of one forward from the positional arguments, tensors given as shapes.
+        flops_of_values: `flops` reads values of tensors and is given the tensors themselves.
         autocast: arguments cast under autocast.
         autocast_dtype: the dtype they are cast to; None for autocast's own.
         gradient: the kernels of the gradient; without, PyTorch differentiates the plain path.
@@ -206,7 +209,8 @@ def define_op(
     arguments = schema.strip()[1:-1]
     _LIB.define(f"{name}({arguments}) -> Tensor")
     overload = getattr(torch.ops.fastvit, name).default
-    backward_op = _define_backward(name, arguments, eager, reference, flops, gradient)
+    count = functools.partial(_count_flops, flops, flops_of_values)
+    backward_op = _define_backward(name, arguments, eager, reference, count, gradient)
 
     def forward(*args: Any) -> Tensor:
         if not uses_triton(_decisive(args)):
@@ -215,7 +219,8 @@ def define_op(
 
     tensor_at = [i for i, a in enumerate(overload._schema.arguments) if "Tensor" in str(a.type)]
     names = [argument.name for argument in overload._schema.arguments]
-    saved_at = [i for i in tensor_at if gradient is None or names[i] not in gradient.unsaved]
+    summands = {names.index(argument) for argument in gradient.unsaved} if gradient else set()
+    saved_at = [i for i in tensor_at if i not in summands]
     saves_output = gradient is not None and gradient.saves_output
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -232,9 +237,15 @@ def define_op(
         output, *tensors = ctx.saved_tensors
         for i, tensor in zip(saved_at, tensors[ctx.kept :], strict=True):
             args[i] = tensor
-        needs = [bool(need) for need in ctx.needs_input_grad]
-        grads = iter(backward_op(grad, *args, output, tensors[: ctx.kept], needs))
-        return tuple(next(grads) if need else None for need in needs)
+        wanted = ctx.needs_input_grad
+        needs = [bool(need) and i not in summands for i, need in enumerate(wanted)]
+        kept = tensors[: ctx.kept]
+        grads = iter(backward_op(grad, *args, output, kept, needs) if any(needs) else ())
+        # an op may not return what it was given, and a copy of it would cost as much as a norm
+        return tuple(
+            next(grads) if need else grad if i in summands and wanted[i] else None
+            for i, need in enumerate(needs)
+        )
 
     def register(op_name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
         registered = getattr(torch.ops.fastvit, op_name)
@@ -247,7 +258,7 @@ def define_op(
         for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
             rule = _autocast_rule(registered.default, device_type, key, cast_at, autocast_dtype)
             _LIB.impl(op_name, rule, key)
-        register_flop_formula(registered)(lambda *shapes, out_shape=None, **_: flops(*shapes))
+        register_flop_formula(registered, get_raw=True)(lambda *args, out_val, **_: count(*args))
         return registered.default
 
     register(name, forward, fake)
@@ -269,7 +280,7 @@ def define_op(
         training = register(
             f"{name}_training", forward_training, lambda *args: (fake(*args), *fake_kept(*args))
         )
-    op = Op(name=name, launch=launch, eager=eager, overload=overload, training=training)
+    op = Op(name, launch, eager, overload, training, gradient)
     OPS[name] = op
     return op
 
@@ -279,7 +290,7 @@ def _define_backward(
     arguments: str,
     eager: Callable[..., Tensor],
     reference: Callable[..., Tensor] | None,
-    flops: Callable[..., int],
+    count: Callable[..., int],
     gradient: Gradient | None,
 ) -> Any:
     """Register ``fastvit::name_backward``: (grad, the op's arguments, output, kept, needs)."""
@@ -328,15 +339,63 @@ def _define_backward(
     # PyTorch's own differentiation runs the forward once more
     ratio = 3.0 if gradient is None else gradient.flops
     registered = getattr(torch.ops.fastvit, backward_name)
-    register_flop_formula(registered)(
-        lambda grad, *shapes, out_shape=None, **_: int(ratio * flops(*shapes[:-3]))
+    register_flop_formula(registered, get_raw=True)(
+        lambda grad, *args, out_val, **_: int(ratio * count(*args[:-3]))
     )
     return registered.default
+
+
+def _count_flops(flops: Callable[..., int], of_values: bool, *args: Any) -> int:
+    return flops(*args if of_values else (a.shape if isinstance(a, Tensor) else a for a in args))
 
 
 def _decisive(args: tuple[Any, ...]) -> Tensor:
     """The tensor that decides where an op runs: the first floating one, as images may be uint8."""
     return next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+
+
+def define_inference_op(
+    name: str,
+    schema: str,
+    *,
+    returns: str = "Tensor",
+    launch: Callable[..., Any],
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+) -> Op:
+    """Register ``fastvit::name`` without a gradient and without a rule for autocast: its operands
+    keep the dtypes that they have. Arguments as in `define_op`.
+
+    Args:
+        returns: in torch.library's notation; ``(Tensor, Tensor)`` for two results.
+    """
+    _LIB.define(f"{name}({schema.strip()[1:-1]}) -> {returns}")
+    overload = getattr(torch.ops.fastvit, name).default
+
+    def plain(*args: Any) -> Any:
+        result = eager(*args)
+        if isinstance(result, Tensor):
+            return result.contiguous()
+        return tuple(tensor.contiguous() for tensor in result)
+
+    def forward(*args: Any) -> Any:
+        return _run_triton(name, launch, plain, args) if uses_triton(args[0]) else plain(*args)
+
+    def no_gradient(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"fastvit's {name} is for inference and has no gradient; run it under torch.no_grad()"
+        )
+
+    _LIB.impl(name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIB)
+    torch.library.register_autograd(f"fastvit::{name}", no_gradient, lib=_LIB)
+    register_flop_formula(getattr(torch.ops.fastvit, name))(
+        lambda *shapes, out_shape=None, **_: flops(*shapes)
+    )
+    op = Op(name=name, launch=launch, eager=eager, overload=overload)
+    OPS[name] = op
+    return op
 
 
 def _autocast_rule(
@@ -401,9 +460,7 @@ def _run_triton(
         return eager(*args)
 
 
-def launch(kernel: Any, programs: int, tile: TileConfig, **arguments: Any) -> None:
-    """Run `programs` instances of a Triton kernel; `arguments` are the kernel's own."""
-    kernel[(programs,)](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+launch = _launch.launch
 
 
 def is_compile_failure(error: Exception) -> bool:

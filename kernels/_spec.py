@@ -39,6 +39,9 @@ class OpSpec:
         bench_cases: the shapes of real models, for benchmarks.
         flops: multiply and add counted apart, from a case's sizes.
         bytes: least traffic to and from memory, from a case's sizes and the element size.
+        inference: it has no gradient, and its operands keep their dtypes under autocast.
+        fp8: it reads or writes e4m3, which not every architecture has (`_device.fp8_problem`), and
+            has no form in float64.
     """
 
     name: str
@@ -49,6 +52,8 @@ class OpSpec:
     flops: Callable[[dict[str, int]], int]
     bytes: Callable[[dict[str, int], int], int]
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.float16, torch.bfloat16))
+    inference: bool = False
+    fp8: bool = False
 
     def inputs(
         self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0
@@ -73,6 +78,8 @@ def all_specs() -> dict[str, OpSpec]:
     from fastvit.kernels.layer_norm.spec import SPECS as layer_norm
     from fastvit.kernels.linear.spec import SPECS as linear
     from fastvit.kernels.mlp.spec import SPECS as mlp
+    from fastvit.kernels.norm_linear.spec import SPECS as norm_linear
     from fastvit.kernels.patch_embed.spec import SPECS as patch_embed
 
-    return {spec.name: spec for spec in patch_embed + layer_norm + linear + attention + mlp}
+    specs = patch_embed + layer_norm + linear + norm_linear + attention + mlp
+    return {spec.name: spec for spec in specs}

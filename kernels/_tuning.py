@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +27,9 @@ class TileConfig:
     and keys of a step; layer_norm: rows of a program (BLOCK_N is not read). `backend` is one of the
     op's own (`kernels/linear/op.py` has several), "" for its portable one; `subtiles` the bands of
     columns that linear's epilogue takes one after another; `persistent` how many programs
-    a multiprocessor keeps, each going through several tiles (``tma`` only; 0: a program a tile)."""
+    a multiprocessor keeps, each going through several tiles (TMA only; 0: a program a tile);
+    `split_k` the parts of linear's sum that are summed apart; `warp_specialize` gives loads to
+    warps of their own (``device_tma`` only)."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -37,6 +39,8 @@ class TileConfig:
     backend: str = ""
     subtiles: int = 1
     persistent: int = 0
+    split_k: int = 1
+    warp_specialize: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,7 +93,7 @@ def lookup(op: str, arch: str, dtype: torch.dtype, **shape: int) -> TileConfig:
     table, else the heuristic.
 
     Args:
-        op: folder name under `kernels/`.
+        op: folder name under `kernels/`, or with ``_backward`` behind it.
         arch: as `_device.architecture` gives it; an architecture without a table takes its
             family's nearest older one.
         dtype: of the multiplied operands.
@@ -104,14 +108,22 @@ def lookup(op: str, arch: str, dtype: torch.dtype, **shape: int) -> TileConfig:
 
 @functools.lru_cache(maxsize=4096)
 def _lookup(query: Query) -> TileConfig:
-    sizes = dict(query.shape)
     table = load_table(query.op, nearest_table(query.op, query.arch))
-    for row in (*load_cache(query.op, query.arch), *table):
+    row = first_match(query, (*load_cache(query.op, query.arch), *table))
+    if row is not None:
+        return TileConfig(**row["tile"])
+    return _heuristic(query.op, query.dtype, dict(query.shape))
+
+
+def first_match(query: Query, rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first of `rows` that speaks for the dtype and sizes of `query`."""
+    sizes = dict(query.shape)
+    for row in rows:
         if query.dtype in row["dtype"] and all(
             low <= sizes.get(name, -1) <= high for name, (low, high) in row.get("when", {}).items()
         ):
-            return TileConfig(**row["tile"])
-    return _heuristic(query.op, query.dtype, sizes)
+            return row
+    return None
 
 
 def nearest_table(op: str, arch: str) -> str | None:
@@ -127,8 +139,9 @@ def nearest_table(op: str, arch: str) -> str | None:
 
 
 def table_folder(op: str) -> Path:
-    """Where the tables of `op` lie."""
-    return Path(__file__).parent / op / "tuning"
+    """Where the tables of `op` lie; those of ``linear_backward`` beside linear's own."""
+    folder = op.removesuffix("_backward")
+    return Path(__file__).parent / folder / ("tuning" if op == folder else "tuning_backward")
 
 
 @functools.cache
@@ -181,8 +194,8 @@ def reload() -> None:
 def _heuristic(op: str, dtype: str, sizes: dict[str, int]) -> TileConfig:
     """Tiles that fit 64 KiB of shared memory, for a GPU that no table covers."""
     wide = dtype in ("float32", "float64")
-    if op == "attention":
+    if op.startswith("attention"):
         return TileConfig(32, 16 if sizes["D"] > 128 or wide else 32, num_stages=1)
-    if op == "layer_norm":
+    if op.startswith("layer_norm"):
         return TileConfig(max(1, 2048 // sizes["D_POW2"]), 1)
     return TileConfig(64, 64, BLOCK_K=32)

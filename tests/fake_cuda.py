@@ -31,6 +31,8 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.steps:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if not isinstance(old, Tensor):  # what Python asked about a tensor
+                    continue
                 views = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
                 if not views:
                     old.copy_(new)

@@ -110,3 +110,26 @@ def test_masked_load_pads_with_zero():
     kernel[(1,)](x, out, 5)
     assert torch.equal(out[:5], x[:5])
     assert not out[5:].any()
+
+
+@triton.jit
+def _to_e4m3_and_back(x_ptr, q_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(q_ptr + i, tl.load(x_ptr + i).to(tl.float8e4nv))
+    tl.store(y_ptr + i, tl.load(q_ptr + i).to(tl.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_e4m3_rounds_to_nearest_even(dtype):
+    """Every bfloat16 within +-448 (with it all ties between neighbouring e4m3), and NaN."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    x = torch.zeros(1 << 16, dtype=dtype)
+    kept = bits[bits.abs() <= 448]
+    x[: len(kept)] = kept.to(dtype)
+    x[-1] = float("nan")
+    q, y = torch.empty(1 << 16, dtype=torch.float8_e4m3fn), torch.empty(1 << 16)
+    _to_e4m3_and_back[(1,)](x, q, y, SIZE=1 << 16)  # pyright: ignore
+    truth = x.to(torch.float8_e4m3fn)
+    assert torch.equal(q.view(torch.uint8)[:-1], truth.view(torch.uint8)[:-1])
+    assert torch.equal(y[:-1], truth.float()[:-1])
+    assert y[-1].isnan()

@@ -18,6 +18,13 @@ BACKENDS = {
     "tma": TileConfig(32, 64, 32, backend="tma"),
     "tma, bands": TileConfig(32, 64, 32, backend="tma", subtiles=4),
     "tma, persistent": TileConfig(32, 32, 32, backend="tma", persistent=1),
+    "device_tma": TileConfig(32, 32, 32, backend="device_tma", persistent=1),
+    "device_tma, warps": TileConfig(
+        32, 64, 32, backend="device_tma", subtiles=2, warp_specialize=True
+    ),
+    "split": TileConfig(32, 64, 32, split_k=3),
+    "split, bands": TileConfig(32, 64, 32, split_k=2, subtiles=2),
+    "split, tma": TileConfig(32, 32, 32, backend="tma", split_k=4),
     "cublas": TileConfig(32, 32, 32, backend="cublas"),
 }
 
@@ -38,9 +45,14 @@ def launches(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# float16 differs in the interpreter's arithmetic only, so one backend of each kernel gets it
 @pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, torch.bfloat16) for name in BACKENDS]
+    + [(name, torch.float16) for name in ("pointers", "tma", "device_tma", "split", "cublas")],
+    ids=str,
+)
 def test_backends_pass_the_policy(triton_path, monkeypatch, launches, backend, case, dtype):
     tile = BACKENDS[backend]
     monkeypatch.setattr("fastvit.kernels.linear.op.lookup", lambda *args, **sizes: tile)
@@ -48,12 +60,16 @@ def test_backends_pass_the_policy(triton_path, monkeypatch, launches, backend, c
     assert report.passed, f"seed {SEED}\n{report}"
 
     packed = case.sizes["K"] % 8 == 0  # rows of 16 bytes, else TMA cannot read them
+    tma = tile.backend not in ("", "cublas") and packed
     if backend == "cublas":
         assert launches == []
+    elif tile.split_k > 1 and (tma or tile.backend == ""):
+        (kernel, programs), (then, _) = launches
+        assert (kernel, then) == ("linear_split_kernel", "linear_reduce_kernel")
+        assert programs % tile.split_k == 0
     else:
-        tma = tile.backend == "tma" and packed
         (kernel, programs), = launches  # fmt: skip
-        assert kernel == ("linear_tma_kernel" if tma else "linear_kernel")
+        assert kernel == (f"linear_{tile.backend}_kernel" if tma else "linear_kernel")
         if tma and tile.persistent:
             assert programs <= 3
 
@@ -93,3 +109,17 @@ def test_other_dtypes_keep_erf(triton_path):
         ours = ops.linear(a, torch.ones(1, 1, dtype=dtype), activation="gelu", residual=residual)
         truth = torch.nn.functional.gelu(a.double())
         assert (ours.double() - truth).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_split_sums_are_in_the_accumulators_dtype(triton_path, monkeypatch, launches, dtype):
+    """Also with more parts than steps, and twice with the same bits."""
+    tile = TileConfig(16, 32, 32, split_k=8)
+    monkeypatch.setattr("fastvit.kernels.linear.op.lookup", lambda *args, **sizes: tile)
+    inputs = SPEC.inputs(SPEC.cases[1], dtype, seed=SEED)  # K = 75: three steps
+    first, second = (SPEC.op(**inputs) for _ in range(2))
+    truth = SPEC.reference(**SPEC.inputs(SPEC.cases[1], torch.float64, seed=SEED))
+    assert torch.equal(first, second)
+    # sums of 75 products and erf, each within a few ULP
+    assert (first - truth).abs().max() < 50 * torch.finfo(dtype).eps * truth.abs().max()
+    assert {name for name, _ in launches} == {"linear_split_kernel", "linear_reduce_kernel"}

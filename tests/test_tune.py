@@ -64,8 +64,9 @@ def test_there_are_candidates_and_they_fit(asked: Query):
     assert len({label(tile) for tile in seen}) == len(seen)
     sizes = dict(asked.shape)
     for tile in seen:
-        assert tile.backend != "tma" or asked.arch in ("sm90", "sm100")
-        assert tile.backend != "tma" or dtype.itemsize == 2
+        assert "tma" not in tile.backend or asked.arch in ("sm90", "sm100")
+        assert "tma" not in tile.backend or dtype.itemsize == 2
+        assert not tile.warp_specialize or (asked.arch, tile.num_warps) == ("sm90", 4)
         if asked.op in ("linear", "patch_embed") and tile.backend != "cublas":
             staged = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K
             assert staged * dtype.itemsize <= shared
@@ -84,6 +85,20 @@ def test_the_sizes_that_facts_speak_for_are_tried():
         label(tile) for tile in candidates(asked, [wide], SPACES["linear"].steps[2], shared)
     }
     assert not fits(asked, dataclasses.replace(wide, num_stages=5), shared)  # 245,760 bytes
+    # two groups of warps of 64 x 256 each, the epilogue in halves; never with 8 warps or 64 rows
+    warps = {name for name in names if name.endswith(" ws")}
+    assert {f"{sizes}x64 w4 s3 device_tma{halves} p1 ws" for sizes, halves in
+            (("128x128", ""), ("128x256", " /2"), ("256x128", ""))} <= warps  # fmt: skip
+    assert all(name.startswith(("128x", "256x")) and " w4 " in name for name in warps)
+
+
+def test_sums_are_split_where_there_are_few_tiles():
+    tile, split = TileConfig(64, 64, 64, num_stages=4), SPACES["linear"].steps[3]
+    for m, k, expected in ((197, 3072, {1, 2, 3, 4, 6, 8}), (197, 768, {1, 2, 3, 4, 6}),
+                           (50432, 3072, {1})):  # fmt: skip
+        asked = query("linear", M=m, N=768, K=k)
+        found = candidates(asked, [tile], split, _device.SHARED_MEMORY["sm90"])
+        assert {t.split_k for t in found} == expected
 
 
 # --------------------------------------------------------------------------- tables

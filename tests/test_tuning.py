@@ -11,13 +11,16 @@ import torch
 from fastvit.kernels import _tuning
 from fastvit.kernels._device import architecture, emulate
 from fastvit.kernels._tuning import TileConfig, load_table, lookup, nearest_table, table_folder
-from fastvit.kernels.attention.op import key_tail, split_head_dim
+from fastvit.kernels.attention.forward import split_head_dim, tail_of
 
-OPS = ("linear", "patch_embed", "attention", "layer_norm")
+OPS = ("linear", "patch_embed", "attention", "attention_backward", "layer_norm")
 SHAPES = {
     "linear": [{"M": m, "N": 768, "K": 768} for m in (1, 197, 1024, 1025, 50432)],
     "patch_embed": [{"M": m, "N": 768, "K": 588} for m in (1, 50432)],
     "attention": [{"N": n, "M": n, "D": d} for n in (1, 197, 4096) for d in (16, 64, 88, 256)],
+    "attention_backward": [
+        {"N": n, "M": n, "D": d, "PHASE": p} for n in (1, 197) for d in (64, 256) for p in (1, 2, 3)
+    ],
     "layer_norm": [{"M": 197, "D_POW2": 2**i} for i in range(15)],
 }
 ALL = [
@@ -216,7 +219,7 @@ def test_head_dims_of_known_models_are_split():
 
 @pytest.mark.parametrize("keys", [1, 15, 16, 17, 63, 64, 65, 80, 81, 197, 256, 577])
 def test_tail_covers_what_is_left(keys):
-    tail = key_tail(keys, 64)
+    tail = tail_of(keys, 64)
     rest = keys % 64
     assert (tail == 0) == (rest == 0)
     assert rest <= tail <= 64

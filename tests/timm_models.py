@@ -12,11 +12,12 @@ from torch import Tensor, nn
 TOLERANCE = 1e-5
 
 
-def reseed() -> None:
-    """Fresh random numbers; pytest shows the seed where a test fails."""
+def reseed() -> int:
+    """Fresh random numbers; pytest shows the seed, which it returns, where a test fails."""
     seed = random.SystemRandom().randrange(2**31)
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
+    return seed
 
 
 @torch.no_grad()

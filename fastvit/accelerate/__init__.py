@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import os
 import warnings
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastvit.accelerate import own
-from fastvit.accelerate.find import find_parts
+from fastvit.accelerate import inference
+from fastvit.accelerate.calibration import Calibration, calibrate, quantizable
+from fastvit.accelerate.common import AUTOCAST
+from fastvit.accelerate.find import find_parts, originals
 from fastvit.accelerate.graphs import GRAPHS, Graphs
 from fastvit.accelerate.plan import (
     PRECISION,
@@ -21,8 +24,19 @@ from fastvit.accelerate.plan import (
     graphs_obstacle,
     make_plan,
 )
+from fastvit.kernels._device import fp8_problem
+from fastvit.kernels._library import uses_triton
 
-__all__ = ["Plan", "PlanRow", "accelerate", "explain", "restore"]
+__all__ = [
+    "Calibration",
+    "Plan",
+    "PlanRow",
+    "accelerate",
+    "calibrate",
+    "explain",
+    "register_transformers",
+    "restore",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,30 +44,56 @@ PRECISIONS = ("keep", "bf16", "fp16", "fp8")
 
 
 def accelerate(
-    model: Model, *, precision: str = "keep", cuda_graphs: bool = False, strict: bool = False
+    model: Model,
+    *,
+    precision: str = "keep",
+    cuda_graphs: bool = False,
+    fold_norm: bool = False,
+    calibration: Calibration | str | os.PathLike[str] | Tensor | Iterable[Tensor] | None = None,
+    strict: bool = False,
 ) -> Model:
     """Make the ViTs inside `model` run on our kernels, in place, in training too.
 
-    Known modules of timm (`Block`, `PatchEmbed`, `VisionTransformer` and its norms, with its own
-    exact classes) become instances of subclasses with another forward. Parameters, their names,
-    hooks and the module tree stay as they are. Where a module inside a block carries a hook or has
-    been replaced, that block runs timm's forward for as long as it does. What is not known stays
-    as it was; `explain` names it and says why. `torch.jit.script` wants a restored model.
+    Known modules (blocks, patch embeddings and norms of timm, of transformers' ViT families, of
+    torchvision's ``vit_*``, of open_clip's vision towers and of DINO's and DINOv2's repositories,
+    with their own exact classes) become instances of subclasses with another forward. Parameters,
+    their names, hooks and the module tree stay as they are. Where a module inside a block carries
+    a hook or has been replaced, that block runs its library's forward for as long as it does. What
+    is not known stays as it was; `explain` names it and says why. A model of transformers gives
+    ``hidden_states`` as before, and ``attentions`` with every attention implementation.
+    `torch.jit.script` wants a restored model.
 
     Args:
         model: a ViT, or any module with one inside.
         precision: ``keep`` for the model's own; ``bf16`` or ``fp16`` run every forward of timm's
-            ViTs under autocast of that dtype, on the input's device, with the parameters as they
-            are and results cast back to the input's dtype.
-        cuda_graphs: on a GPU, capture the forward of a whole ViT (timm's or fastvit's own) for each
-            input shape, dtype and setting at its first call, and replay it from then on: batch 1
-            stops waiting for Python. It applies in eval mode without gradients, to ``model(x)``;
-            with a mask, hooks, training, ``torch.compile`` or ``torch.export``, and on a CPU, the
-            forward runs as without. Results are new tensors, safe to keep. New values of weights
-            show at once, whatever else changes is noticed and captured again. At most 8 graphs a
-            model are kept; any thread and stream may call. Under a `precision` or autocast each
-            replay casts the weights anew: for the least latency convert the model instead.
+            and torchvision's ViTs under autocast of that dtype, on the input's device, with the
+            parameters as they are and results cast back to the input's dtype; ``fp8`` runs the
+            linears of timm's and fastvit's pre-norm blocks in e4m3, in eval mode without
+            gradients. It needs `calibration` and a GPU from sm_89 on (a CPU emulates it, slowly),
+            costs accuracy (``fastvit numerics --fp8`` measures how much), and keeps patch
+            embedding, norms, attention and head as they are and the residual stream in a half
+            dtype.
+        cuda_graphs: on a GPU, capture the forward of a whole ViT (of timm, torchvision or fastvit)
+            for each input shape, dtype and setting at its first call, and replay it from then on:
+            batch 1 stops waiting for Python. It applies in eval mode without gradients, to
+            ``model(x)``; with a mask, hooks, training, ``torch.compile`` or ``torch.export``,
+            and on a CPU, the forward runs as without. Results are new tensors, safe to keep. New
+            values of weights show at once, whatever else changes is noticed and captured again.
+            At most 8 graphs a model are kept; any thread and stream may call. Under a `precision`
+            or autocast each replay casts the weights anew: for the least latency convert the
+            model instead.
+        fold_norm: fold each LayerNorm of timm's and fastvit's pre-norm blocks into the linear
+            after it, in eval mode without gradients, where Triton runs. Off by default, since no
+            record shows yet what it gains; ``fastvit numerics --folded`` measures its error. Keeps
+            a second copy of half of the blocks' weights; with float32 parameters and ``bf16`` or
+            ``fp16`` of all, each rounded once, and the residual stream has that dtype too.
+        calibration: for ``precision="fp8"``: what `calibrate` gave, the file that it was saved to,
+            or images to call `calibrate` with.
         strict: raise where anything would fall back.
+
+    Folded and e4m3 weights are kept beside the model, in no state_dict, copy or pickle, and follow
+    its weights; a write through ``parameter.data`` alone goes unnoticed, so call `accelerate` again
+    after one. Under ``torch.compile`` and ``torch.export`` blocks run without them.
 
     Returns:
         `model` itself.
@@ -62,12 +102,14 @@ def accelerate(
         TypeError: `model` is not an nn.Module.
         ValueError: an unknown precision; a precision without a ViT of timm's to run so, or
             ``cuda_graphs=True`` without a ViT.
-        NotImplementedError: ``precision="fp8"``.
-        RuntimeError: with `strict`, naming each module that would fall back and why. `model` is
-            then as it was, as after every other error.
+        ValueError: ``precision="fp8"`` without `calibration`, or with one of another model;
+            ``fold_norm=True`` with ``fp8``; either without a block to use it.
+        RuntimeError: ``precision="fp8"`` on a GPU without e4m3; with `strict`, naming each module
+            that would fall back and why. `model` is then as it was, as after every other error.
     """
     parts = find_parts(model)
     _check_options(parts, precision, cuda_graphs)
+    forms = _make_forms(model, precision, fold_norm, calibration)
     plan = make_plan(model, parts)
     if strict:
         _check_strict(model, plan, cuda_graphs)
@@ -76,15 +118,50 @@ def accelerate(
         warnings.warn(f"fastvit.accelerate changed nothing: {reason}", RuntimeWarning, stacklevel=2)
     for part in parts:
         kind = part.graphed if cuda_graphs and part.graphed is not None else part.fast
+        kind = part.inference if part.module in forms else kind
         if kind is not None:
             part.module.__class__ = kind
         if part.row is None:
             _forget_options(part.module)
-            if precision != "keep" and part.fast is not None:
+            if precision in ("bf16", "fp16") and part.fast is not None:
                 setattr(part.module, PRECISION, precision)
             if cuda_graphs:
                 setattr(part.module, GRAPHS, Graphs())
+    for module in model.modules():
+        inference.detach(module)
+    inference.attach(model, forms)
     return model
+
+
+def _make_forms(
+    model: nn.Module, precision: str, fold_norm: bool, calibration: Any
+) -> dict[nn.Module, inference.Form]:
+    """What each block is given for inference."""
+    if fold_norm and precision == "fp8":
+        raise ValueError("fold_norm=True and precision='fp8' exclude one another")
+    if precision != "fp8":
+        if calibration is not None:
+            raise ValueError(f"calibration is for precision='fp8', not {precision!r}")
+        blocks = quantizable(model).values() if fold_norm else ()
+        return {block: inference.Folded(AUTOCAST.get(precision)) for block in blocks}
+    if calibration is None:
+        raise ValueError(
+            "precision='fp8' needs calibration: images, what fastvit.calibrate(model, images) "
+            "gave, or the file that it was saved to"
+        )
+    if (problem := _fp8_problem(model)) is not None:
+        raise RuntimeError(f"precision='fp8' cannot run here: {problem}")
+    blocks = quantizable(model)
+    if isinstance(calibration, (str, os.PathLike)):
+        calibration = Calibration.load(calibration)
+    elif not isinstance(calibration, Calibration):
+        calibration = calibrate(model, calibration)
+    return {block: inference.Quantized(calibration.scales(name)) for name, block in blocks.items()}
+
+
+def _fp8_problem(model: nn.Module) -> str | None:
+    parameter = next(model.parameters())
+    return fp8_problem(parameter.device) if uses_triton(parameter) else None
 
 
 def _forget_options(module: nn.Module) -> None:
@@ -102,13 +179,28 @@ def restore(model: Model) -> Model:
         TypeError: `model` is not an nn.Module.
     """
     check_module(model)
-    library = sys.modules.get("fastvit.accelerate.timm")  # not loaded: nothing of timm's to restore
-    original = own.ORIGINAL | ({} if library is None else library.ORIGINAL)
+    original = originals()
     for module in model.modules():
         if type(module) in original:
             module.__class__ = original[type(module)]
             _forget_options(module)
+            inference.detach(module)
     return model
+
+
+def register_transformers() -> None:
+    """Make ``attn_implementation="fastvit"`` known to transformers, its mask included: a model
+    built with it, or given it by ``set_attn_implementation``, runs `fastvit.ops.attention`.
+
+    The first `accelerate` of a model of transformers, and ``import
+    fastvit.accelerate.transformers``, do the same. An accelerated model needs no such setting.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from fastvit.accelerate import transformers
+
+    transformers.register()
 
 
 def explain(model: nn.Module) -> Plan:
@@ -132,16 +224,15 @@ def explain(model: nn.Module) -> Plan:
 def _check_options(parts: list[Part], precision: str, cuda_graphs: bool) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if precision == "fp8":
-        raise NotImplementedError(
-            'precision="fp8" is not built yet; what works is precision keep, bf16 or fp16'
-        )
     if cuda_graphs and all(part.graphed is None for part in parts):
-        raise ValueError("cuda_graphs=True needs a ViT of timm's or fastvit's inside the model")
-    if precision != "keep" and not any(part.row is None and part.fast for part in parts):
         raise ValueError(
-            f"precision={precision!r} needs a timm VisionTransformer inside the model, and there "
-            "is none; wrap its forward in torch.autocast instead"
+            "cuda_graphs=True needs a ViT of timm, torchvision or fastvit inside the model"
+        )
+    autocast = precision in ("bf16", "fp16")
+    if autocast and not any(part.row is None and part.fast for part in parts):
+        raise ValueError(
+            f"precision={precision!r} needs a ViT of timm or torchvision inside the model, and "
+            "there is none; wrap its forward in torch.autocast instead"
         )
 
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from torch import nn
 
-from fastvit.accelerate import own
+from fastvit.accelerate import inference, own
 from fastvit.accelerate.plan import Part, check_module
+
+LIBRARIES = ("timm", "transformers", "torchvision", "open_clip", "dino")  # each a file here
 
 
 def find_parts(model: nn.Module) -> list[Part]:
     """The known modules inside `model`; a TypeError for no nn.Module."""
     check_module(model)
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    # a library of which the model has nothing is not imported; DINO's classes are in no package
+    packages = {kind.__module__.partition(".")[0] for kind in kinds} | {"dino"}
     parts: list[Part] = []
-    if "timm" in sys.modules:  # else no module can be timm's
-        from fastvit.accelerate import timm
-
-        parts += timm.find(model)
+    for name in filter(packages.__contains__, LIBRARIES):
+        parts += importlib.import_module(f"fastvit.accelerate.{name}").find(model)
     return parts + own.find(model)
+
+
+def originals() -> dict[type[nn.Module], type[nn.Module]]:
+    """The class that each fast class stands in for, of the libraries met so far."""
+    loaded = [sys.modules.get(f"fastvit.accelerate.{name}") for name in LIBRARIES]
+    found = own.ORIGINAL | inference.ORIGINAL
+    for library in loaded:
+        found |= {} if library is None else library.ORIGINAL
+    return found

@@ -28,6 +28,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastvit.accelerate.inference import INFERENCE, own_capture
 from fastvit.kernels import _library
 
 GRAPHS = "fastvit_graphs"  # attribute of a ViT that was given `Graphs`
@@ -137,6 +138,8 @@ class Snapshot:
         # these also keep the memory that a graph reads
         self._aliases = [tensor.detach() for tensor in self._tensors]
         self._plain = not any("forward" in state for state in states)
+        self._forms = [state[INFERENCE] for state in states if INFERENCE in state]
+        self._derived = [form.tensors() for form in self._forms]  # kept as the aliases are
 
     def holds(self, model: nn.Module) -> bool:
         """Whether this is of `model`, and all as it was but for hooks and the values of weights."""
@@ -148,6 +151,10 @@ class Snapshot:
             and _equal(_own_state(model), self._model_state)
             and _equal(self._states, self._attributes)
         )
+
+    def refresh(self) -> bool:
+        """Whether weights had new values that others are derived from; those then have too."""
+        return any([form.refresh() for form in self._forms])
 
     def allows_graphs(self) -> bool:
         """Whether every module is without hooks and runs the forward of its class."""
@@ -200,6 +207,8 @@ class Graphs:
                 self._clear()
                 self._snapshot = Snapshot(model)
                 y = None
+            elif self._snapshot.refresh() and replay is not None:
+                y = replay(x)
             if not self._snapshot.allows_graphs():
                 return None
             if key not in self._replays:
@@ -218,6 +227,7 @@ class Graphs:
             # a graph of inference tensors would take no input outside of inference mode, and cached
             # casts of weights would not see them change
             with (
+                own_capture(),
                 torch.inference_mode(False),
                 torch.no_grad(),
                 torch.autocast(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.accelerate import graphs
+from fastvit.accelerate import graphs, inference
 from fastvit.accelerate.plan import Part, PlanRow
 from fastvit.layers import PatchEmbed, is_plain
 from fastvit.vit import Block, VisionTransformer
@@ -30,7 +30,24 @@ class GraphedVisionTransformer(graphs.Graphed, VisionTransformer):
         return graphs.run(self, super().forward, x, **options)
 
 
-ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {GraphedVisionTransformer: VisionTransformer}
+class InferenceBlock(Block):
+    """fastvit's `Block` with the forms of inference.py."""
+
+    def fuses(self, x: object) -> bool:
+        """Whether `layers.fused_block` can stand for its forward now."""
+        return isinstance(x, Tensor) and is_plain(*self._modules.values())
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """As `Block`'s."""
+        if not self.fuses(x):
+            return super().forward(x, attn_mask)
+        return inference.run_block(self, x, self.attn.add_rel_pos(attn_mask))
+
+
+ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {
+    GraphedVisionTransformer: VisionTransformer,
+    InferenceBlock: Block,
+}
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -40,6 +57,7 @@ def find(model: nn.Module) -> list[Part]:
         kind = type(module)
         if ORIGINAL.get(kind, kind) is VisionTransformer:
             parts.append(Part(module, None, row=None, graphed=GraphedVisionTransformer))
+        kind = ORIGINAL.get(kind, kind)
         if kind not in _RUNS:
             continue
         fused = all(map(is_plain, module.children()))
@@ -49,6 +67,8 @@ def find(model: nn.Module) -> list[Part]:
             fused=fused,
             runs=_RUNS[kind] if fused else "layer by layer",
             reason=None if fused else "a layer in it has a hook or has been replaced",
+            block=kind is Block,
         )
-        parts.append(Part(module, kind, row))
+        form = InferenceBlock if kind is Block else None
+        parts.append(Part(module, type(module), row, inference=form))
     return parts

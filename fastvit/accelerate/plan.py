@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fastvit.accelerate.graphs import GRAPHS
+from fastvit.accelerate.inference import INFERENCE, Form
 from fastvit.kernels import _library
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class PlanRow:
     fused: bool
     runs: str  # our ops, or the library whose own forward runs
     reason: str | None  # for falling back to that
+    block: bool = False  # an encoder block, which is counted
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Part:
     fast: type[nn.Module] | None  # None: it cannot be fused and stays as it is
     row: PlanRow | None  # None: the whole model, whose parts have rows
     graphed: type[nn.Module] | None = None  # the class whose forward can go through CUDA graphs
+    inference: type[nn.Module] | None = None  # the class that takes the forms of inference.py
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Plan:
         backend: what runs the ops on the model's device, Triton or plain PyTorch, and why.
         note: why there are no rows, if so.
         graphs: when a model that was given CUDA graphs uses them, or why never.
+        inference: when a model that was given folded norms or fp8 uses them.
     """
 
     rows: tuple[PlanRow, ...]
@@ -58,16 +62,17 @@ class Plan:
     backend: str
     note: str | None
     graphs: str | None = None
+    inference: str | None = None
 
     @property
     def fused_blocks(self) -> list[str]:
         """Names of the encoder blocks that are fused."""
-        return [row.module for row in self.rows if row.type.endswith("Block") and row.fused]
+        return [row.module for row in self.rows if row.block and row.fused]
 
     @property
     def left_blocks(self) -> list[str]:
         """Names of the encoder blocks that are not."""
-        return [row.module for row in self.rows if row.type.endswith("Block") and not row.fused]
+        return [row.module for row in self.rows if row.block and not row.fused]
 
     @property
     def fully_fused(self) -> bool:
@@ -93,6 +98,8 @@ class Plan:
         caption = f"the ops run as: {self.backend}"
         if self.graphs is not None:
             caption += f"\nCUDA graphs: {self.graphs}"
+        if self.inference is not None:
+            caption += f"\ninference: {self.inference}"
         table = Table(title=f"fastvit: {count} fused{state}", caption=caption)
         for column in ("module", "type", "what runs", "reason for falling back"):
             table.add_column(column, overflow="fold", no_wrap=column == "type")
@@ -127,18 +134,25 @@ def check_module(model: object) -> None:
 
 def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
     """The plan of `parts`, which `find_parts` gave for `model`."""
-    rows = tuple(part.row for part in parts if part.row is not None)
+    forms = {part.module: part.module.__dict__.get(INFERENCE) for part in parts}
+    rows = tuple(_in_its_form(part.row, forms[part.module]) for part in parts if part.row)
     fast = [part for part in parts if part.fast is not None]
     note = None
     if not parts:
-        note = f"no block of a known library (timm, fastvit) in this {type(model).__name__}"
+        known = "timm, transformers, torchvision, open_clip, DINO, fastvit"
+        note = f"no block of a known library ({known}) in this {type(model).__name__}"
     return Plan(
         rows=rows,
         accelerated=bool(fast) and all(type(part.module) is part.fast for part in fast),
         backend=_backend(model),
         note=note,
         graphs=_graphs(model),
+        inference=next((form.when for form in forms.values() if form is not None), None),
     )
+
+
+def _in_its_form(row: PlanRow, form: Form | None) -> PlanRow:
+    return replace(row, runs=form.runs) if form is not None and row.fused else row
 
 
 def graphs_obstacle(model: nn.Module) -> str | None:

@@ -14,25 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit import accelerate, create_model, list_models, numerics
+from fastvit import accelerate, create_model, list_models, numerics, ops
 from fastvit._compat import import_timm
 from fastvit.bench import peers
 from fastvit.bench.ops import backend_for, on_backend
 from fastvit.bench.report import Result, checked_numerics
 from fastvit.bench.timing import OURS, Race, is_ours, race, reason, rotating
+from fastvit.kernels._device import fp8_problem
 
 IMAGE_SETS = 4  # rotated through
 CHECKED_IMAGES = 4  # the numerics check runs in float64, at most this many images
 QUICK_MODELS, CPU_MODELS = ("vit_tiny_patch16_224",), ("vit_small_patch16_224",)
 GPU_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 OWN_MODEL, GRAPHED = f"{OURS} create_model", f"{OURS} + CUDA graphs"
+FOLDED, FP8 = f"{OURS} + folded norms", f"{OURS} + fp8"
 COMPILED = "timm + torch.compile"
 # what the waterfall climbs by; a contender that was not timed is a step left out
 TECHNIQUES = {
     "timm": [],
     OURS: ["Triton kernels"],
     GRAPHED: ["Triton kernels", "CUDA graphs"],
+    FOLDED: ["Triton kernels", "folded norms"],
+    f"{FOLDED} + CUDA graphs": ["Triton kernels", "CUDA graphs", "folded norms"],
+    f"{FP8} + CUDA graphs": ["Triton kernels", "CUDA graphs", "fp8"],
 }
+MIN_FP8_COSINE = 0.98  # of an image's logits with the model's own, for fp8's time to be reported
 Level = Literal["few", "timm", "all"]  # how many peers, see `_peers`
 CPU_BATCHES, GPU_BATCHES = (1, 8), (1, 8, 32, 128, 256)
 
@@ -159,15 +165,19 @@ Check = Callable[[nn.Module], dict[str, Any]]
 def _forms(
     name: str, model: nn.Module, images: Tensor, train: bool, check: Check, check_graphs: Check
 ) -> Iterator[tuple[str, Builder]]:
-    """fastvit in its other forms; each has to pass the numerics by itself."""
+    """fastvit in its other forms; each has to pass the numerics by itself, but fp8, whose logits
+    have to point where the model's do."""
 
     def own() -> nn.Module:
         built = create_model(name, num_classes=1000).to(next(model.parameters()))
         built.load_state_dict(model.state_dict())
         return built.train(model.training)
 
-    def graphed() -> nn.Module:
-        fast = accelerate(copy.deepcopy(model), cuda_graphs=True)
+    def form(**options: Any) -> nn.Module:
+        return accelerate(copy.deepcopy(model), **options)
+
+    def graphed(**options: Any) -> nn.Module:
+        fast = form(cuda_graphs=True, **options)
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # else it would run without a graph
             for other in (images, torch.randn_like(images[:CHECKED_IMAGES])):
@@ -176,8 +186,35 @@ def _forms(
 
     if name in list_models():
         yield OWN_MODEL, functools.partial(_passed, own, check)
-    if images.is_cuda and not train:
+    if train:
+        return
+    device = images.device
+    on_triton = backend_for(device) == "triton"
+    fold = {"fold_norm": True}
+    fp8: dict[str, Any] = {"precision": "fp8", "calibration": images[:CHECKED_IMAGES]}
+    if on_triton:
+        yield FOLDED, functools.partial(_passed, functools.partial(form, **fold), check)
+    check_fp8 = functools.partial(_check_fp8, model, images[:CHECKED_IMAGES])
+    has_fp8 = on_triton and fp8_problem(device) is None
+    if has_fp8:
+        yield FP8, functools.partial(_passed, functools.partial(form, **fp8), check_fp8)
+    if images.is_cuda:
         yield GRAPHED, functools.partial(_passed, graphed, check_graphs)
+        build = functools.partial(graphed, **fold)
+        yield f"{FOLDED} + CUDA graphs", functools.partial(_passed, build, check_graphs)
+        if has_fp8:
+            build = functools.partial(graphed, **fp8)
+            yield f"{FP8} + CUDA graphs", functools.partial(_passed, build, check_fp8)
+
+
+def _check_fp8(model: nn.Module, images: Tensor, fast: nn.Module) -> dict[str, Any]:
+    """As `checked_numerics`, by `MIN_FP8_COSINE`; the ratio is that of 1 - cosine to what it
+    allows."""
+    with torch.inference_mode(), ops.backend(backend_for(images.device)):
+        ours, own = fast(images).double(), model(images).double()
+    cosine = float(F.cosine_similarity(ours, own, dim=1).min())
+    ratio = (1 - cosine) / (1 - MIN_FP8_COSINE)
+    return {"passed": ratio <= 1, "ratio": ratio, "error": None}
 
 
 def _passed(build: Builder, check: Check) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastvit import numerics, ops
 from fastvit.bench.report import Result, checked_numerics
@@ -21,6 +22,7 @@ from fastvit.kernels._spec import Case, OpSpec, all_specs
 CPU_FLOPS, CPU_BYTES = 2e9, 1e8  # a case beyond either takes a CPU too long
 ROTATION_BYTES, MAX_COPIES = 2**28, 16  # inputs rotate through more memory than a cache holds
 CUBLAS, CUBLASLT = "cuBLAS addmm alone", "cuBLASLt addmm with tanh GELU"
+SCALED = "torch._scaled_mm alone"
 
 
 def backend_for(device: torch.device) -> str:
@@ -113,9 +115,14 @@ def _contenders(
     missing: dict[str, str] = {}
     if spec.name == "linear":
         jobs[CUBLAS] = _addmm
+    if spec.name == "attention_packed":
+        jobs["padding"] = on_backend("torch", padded(ops.attention_qkv))
+        jobs["padding, our attention"] = on_backend(backend_for(device), padded(ops.attention_qkv))
     if device.type == "cuda":
         if spec.name == "linear" and inputs["activation"] == "gelu":
             jobs[CUBLASLT] = _addmm_gelu
+        if spec.name == "fp8_linear":
+            jobs[SCALED] = _scaled_mm
         if spec.name.startswith("attention"):
             jobs.update(_sdpa_backends(spec))
         for name, build in _optional(spec.name):
@@ -129,12 +136,23 @@ def _contenders(
 def _bounds(inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """Contenders that leave a part of this case out, or approximate it."""
     tail = any(inputs.get(part) is not None for part in ("activation", "scale", "residual"))
-    return (CUBLAS, CUBLASLT) if tail else ()
+    return (CUBLAS, CUBLASLT, SCALED) if tail else ()
 
 
 def _addmm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **tail: object) -> Tensor:
     """The product and bias; no activation, scale or residual."""
     return F.linear(x, weight, bias)
+
+
+def _scaled_mm(
+    x: Tensor, weight: Tensor, factor: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype,
+    **tail: object,
+) -> Tensor:  # fmt: skip
+    """cuBLASLt's product of e4m3 with a scale for each row of both, and bias."""
+    ones = factor.new_ones(x.shape[0], 1)
+    return torch._scaled_mm(  # pyright: ignore
+        x, weight.t(), ones, factor[None], bias=bias, out_dtype=dtype, use_fast_accum=True
+    )
 
 
 def _addmm_gelu(x: Tensor, weight: Tensor, bias: Tensor, **tail: object) -> Tensor:
@@ -150,6 +168,25 @@ def _sdpa_backends(spec: OpSpec) -> Iterator[tuple[str, Callable[..., Tensor]]]:
         yield f"SDPA {backend.split('_')[0].lower()}", on_backend("torch", choose(spec.op))
 
 
+def padded(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`attend` on the images of `attention_packed` padded to the longest, their keys masked; gives
+    [B, max_seqlen, H*d]. What is padded once is not padded again, so the time is that of attention.
+    """
+    ready: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def call(qkv: Tensor, num_heads: int, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        if qkv.data_ptr() not in ready:
+            lengths = cu_seqlens.diff()
+            images = qkv.split(lengths.tolist())
+            tokens = torch.arange(max_seqlen, device=qkv.device)
+            mask = (tokens < lengths[:, None])[:, None, None]  # (B, 1, 1, N)
+            ready[qkv.data_ptr()] = pad_sequence(list(images), batch_first=True), mask
+        batch, mask = ready[qkv.data_ptr()]
+        return attend(batch, num_heads, mask)
+
+    return call
+
+
 def _optional(op: str) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]]]]:
     """Name and builder of libraries' kernels; a builder raises ImportError without its library."""
     if op == "attention":
@@ -160,6 +197,8 @@ def _optional(op: str) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]
         )
     elif op == "attention_qkv":
         yield "flash-attn", _flash_qkv
+    elif op == "attention_packed":
+        yield "flash-attn", _flash_packed
     elif op in ("layer_norm", "rms_norm"):
         yield "Liger", functools.partial(_liger, op)
 
@@ -178,6 +217,15 @@ def _token_major(module: str, name: str) -> Callable[..., Tensor]:
 def _flash_qkv() -> Callable[..., Tensor]:
     attend = importlib.import_module("flash_attn").flash_attn_qkvpacked_func
     return lambda qkv, num_heads: attend(qkv.unflatten(-1, (3, num_heads, -1))).flatten(-2)
+
+
+def _flash_packed() -> Callable[..., Tensor]:
+    attend = importlib.import_module("flash_attn").flash_attn_varlen_qkvpacked_func
+
+    def call(qkv: Tensor, num_heads: int, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        return attend(qkv.unflatten(-1, (3, num_heads, -1)), cu_seqlens, max_seqlen).flatten(-2)
+
+    return call
 
 
 def _liger(op: str) -> Callable[..., Tensor]:

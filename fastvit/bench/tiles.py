@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from fastvit.kernels._tuning import Query, TileConfig
+from fastvit.kernels._tuning import Query, TileConfig, cdiv
 
+MANY_PROGRAMS = 192  # fill a GPU of today (108 to 148 multiprocessors)
 Fields = Mapping[str, Sequence[Any]]
 
 
@@ -42,9 +43,14 @@ SPACES = {
     "linear": dataclasses.replace(
         _MATMUL,
         steps=(
-            {**_MATMUL.steps[0], "backend": ("", "tma", "cublas")},
+            {
+                **_MATMUL.steps[0],
+                "backend": ("", "tma", "device_tma", "cublas"),
+                "warp_specialize": (False, True),
+            },
             _MATMUL.steps[1],
             {"subtiles": (1, 2, 4), "persistent": (0, 1, 2)},
+            {"split_k": (1, 2, 3, 4, 6, 8)},
         ),
     ),
     "patch_embed": _MATMUL,
@@ -78,8 +84,15 @@ def candidates(
 
 
 def canonical(tile: TileConfig) -> TileConfig:
-    """cuBLAS reads no tile sizes, so all its tiles are one."""
-    return TileConfig(128, 128, backend="cublas") if tile.backend == "cublas" else tile
+    """cuBLAS reads no tile sizes, so all its tiles are one. Specialised warps gain by going from
+    tile to tile, one block to a multiprocessor, and 128 columns at a time keep the epilogue from
+    spilling."""
+    if tile.backend == "cublas":
+        return TileConfig(128, 128, backend="cublas")
+    if tile.warp_specialize:
+        subtiles = max(tile.subtiles, tile.BLOCK_N // 128)
+        return dataclasses.replace(tile, persistent=1, subtiles=subtiles)
+    return tile
 
 
 def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
@@ -89,6 +102,7 @@ def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
     block_m, block_n, block_k = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K
     itemsize = getattr(torch, query.dtype).itemsize
     threads = tile.num_warps * (64 if query.arch.startswith("gfx") else 32)
+    threads *= 2 if tile.warp_specialize else 1  # two groups of warps multiply
     if tile.backend == "cublas":
         return True
     if query.op == "layer_norm":
@@ -103,6 +117,7 @@ def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
         rows, columns, depth = sizes["M"], sizes["N"], sizes["K"]
         kept = block_m * block_n
         staged = tile.num_stages * (block_m + block_n) * block_k
+    tma = tile.backend in ("tma", "device_tma")
     hopper = query.arch.startswith("sm") and int(query.arch[2:]) >= 90
     return (
         8 * threads <= kept <= 192 * threads
@@ -111,8 +126,34 @@ def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
         and block_n <= max(16, _power_of_two(columns))
         and block_k <= max(16, _power_of_two(depth))
         and block_n // tile.subtiles >= 16
-        and (tile.backend == "tma" or not tile.persistent)
-        and (tile.backend != "tma" or (hopper and itemsize == 2))
+        and (tma or not tile.persistent)
+        and (not tma or (hopper and itemsize == 2))
+        and (not tile.warp_specialize or _specializes(query, tile))
+        and (tile.split_k == 1 or _splits(tile, rows, columns, depth))
+    )
+
+
+def _specializes(query: Query, tile: TileConfig) -> bool:
+    """Whether warp specialisation takes effect and two groups share the rows; on sm_100 it spills
+    (`fastvit/audit.py`)."""
+    return (
+        query.arch == "sm90"
+        and tile.backend == "device_tma"
+        and tile.num_warps == 4
+        and tile.BLOCK_M >= 128
+    )
+
+
+def _splits(tile: TileConfig, rows: int, columns: int, depth: int) -> bool:
+    """Whether splitting the sum may pay: it fills a GPU that the tiles alone do not, with some
+    steps left for each part."""
+    programs = cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_N)
+    return (
+        tile.backend in ("", "tma")
+        and not tile.persistent
+        and programs <= MANY_PROGRAMS
+        and tile.split_k * programs <= 4 * MANY_PROGRAMS
+        and depth >= 2 * tile.split_k * tile.BLOCK_K
     )
 
 
@@ -129,4 +170,6 @@ def label(tile: TileConfig) -> str:
     extras = [tile.backend] if tile.backend else []
     extras += [f"/{tile.subtiles}"] if tile.subtiles > 1 else []
     extras += [f"p{tile.persistent}"] if tile.persistent else []
+    extras += ["ws"] if tile.warp_specialize else []
+    extras += [f"k{tile.split_k}"] if tile.split_k > 1 else []
     return " ".join([sizes, f"w{tile.num_warps}", f"s{tile.num_stages}", *extras])

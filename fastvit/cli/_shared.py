@@ -6,7 +6,7 @@ import enum
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import typer
@@ -59,3 +59,9 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fail(command: str, message: str) -> NoReturn:
+    """Say what is wrong on standard error and exit with status 1."""
+    typer.echo(f"fastvit {command}: {message}", err=True)
+    raise typer.Exit(1)

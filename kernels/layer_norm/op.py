@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastvit.kernels._checks import check_same_dtype, check_shape, check_tensors
 from fastvit.kernels._device import architecture
-from fastvit.kernels._library import define_op, launch, uses_triton
+from fastvit.kernels._library import Gradient, define_op, launch, uses_triton
 from fastvit.kernels._tuning import cdiv, lookup
-from fastvit.kernels.layer_norm.reference import layer_norm_reference, rms_norm_reference
+from fastvit.kernels.layer_norm.reference import E4M3, layer_norm_reference, rms_norm_reference
 
 MAX_WIDTH = 16384  # a row has to stay in registers
 
 
-def _launch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool
+def launch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    out_scale: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """The Triton path of both norms; e4m3 of the result over `out_scale` where that is given, else
+    the result in `dtype`, x's by default."""
     import triton.language as tl
 
     from fastvit.kernels.layer_norm.kernel import layer_norm_kernel
 
     d = x.shape[-1]
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape, dtype=dtype or x.dtype if out_scale is None else E4M3)
     if y.numel() == 0:
         return y
     x2 = x.reshape(-1, d)
@@ -37,6 +47,7 @@ def _launch(
         weight_ptr=None if weight is None else weight.contiguous(),
         bias_ptr=None if bias is None else bias.contiguous(),
         y_ptr=y,
+        inv_out_scale=None if out_scale is None else 1.0 / out_scale,
         M=m,
         D=d,
         stride_xm=x2.stride(0),
@@ -52,11 +63,23 @@ def _launch(
 
 
 def _launch_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return _launch(x, weight, bias, eps, center=True)
+    return launch_norm(x, weight, bias, eps, center=True)
 
 
 def _launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return _launch(x, weight, None, eps, center=False)
+    return launch_norm(x, weight, None, eps, center=False)
+
+
+def _layer_norm_backward(*args: Any) -> list[Tensor]:
+    from fastvit.kernels.layer_norm.backward import layer_norm_backward
+
+    return layer_norm_backward(*args)
+
+
+def _rms_norm_backward(*args: Any) -> list[Tensor]:
+    from fastvit.kernels.layer_norm.backward import rms_norm_backward
+
+    return rms_norm_backward(*args)
 
 
 def _no_flops(*shapes: object) -> int:
@@ -72,6 +95,7 @@ _layer_norm = define_op(
     flops=_no_flops,
     autocast=("x", "weight", "bias"),
     autocast_dtype=torch.float32,
+    gradient=Gradient(_layer_norm_backward),
 )
 
 _rms_norm = define_op(
@@ -83,7 +107,19 @@ _rms_norm = define_op(
     flops=_no_flops,
     autocast=("x", "weight"),
     autocast_dtype=torch.float32,
+    gradient=Gradient(_rms_norm_backward),
 )
+
+
+def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """What `layer_norm` takes.
+
+    Raises:
+        TypeError, ValueError: as `layer_norm`.
+    """
+    _check(op, x, weight, bias)
+    if weight is None or weight.dtype != torch.float32 or x.dtype == torch.float64:
+        check_same_dtype(op, x, weight=weight, bias=bias)
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -114,9 +150,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     Source: arXiv:1607.06450, equation 4.
     """
-    _check("layer_norm", x, weight, bias)
-    if weight is None or weight.dtype != torch.float32 or x.dtype == torch.float64:
-        check_same_dtype("layer_norm", x, weight=weight, bias=bias)
+    check_layer_norm("layer_norm", x, weight, bias)
     op = _layer_norm if uses_triton(x) else layer_norm_reference
     return op(x, weight, bias, eps)
 

@@ -5,16 +5,41 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvit.kernels._checks import check_same_dtype, check_shape, check_tensors
 from fastvit.kernels._device import architecture
-from fastvit.kernels._library import define_op, launch, uses_triton
+from fastvit.kernels._library import Gradient, define_op, launch, uses_triton
 from fastvit.kernels._tuning import cdiv, lookup
 from fastvit.kernels.linear.op import GROUP_M, float32_precision, result_dtype
 from fastvit.kernels.patch_embed.reference import patch_embed_reference
+
+
+class Normalization(NamedTuple):
+    """Pixels x as the projection wants them are (x - shift) / divisor + offset, channel by channel;
+    `shift` is the middle of their range."""
+
+    shift: float
+    divisor: Tensor  # [C, 1, 1]
+    offset: Tensor  # [C, 1, 1]
+
+
+def normalization(
+    images: Tensor, weight: Tensor, mean: list[float] | None, std: list[float] | None
+) -> Normalization | None:
+    """What becomes of pixels before the projection; None for nothing."""
+    is_bytes = images.dtype == torch.uint8
+    if not is_bytes and mean is None and std is None:
+        return None
+    full_scale, shift = (255.0, 128.0) if is_bytes else (1.0, 0.5)
+    channels = weight.shape[1]
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    mean_c = _constant(tuple(mean or [0.0] * channels), wide, weight.device)[:, None, None]
+    std_c = _constant(tuple(std or [1.0] * channels), wide, weight.device)[:, None, None]
+    return Normalization(shift, full_scale * std_c, (shift / full_scale - mean_c) / std_c)
 
 
 def fold_normalization(
@@ -30,18 +55,13 @@ def fold_normalization(
     Folding around mid-range (128, or 0.5 for floats) keeps the operand small, so that its rounding
     to the weight's dtype is as small as that of normalised pixels.
     """
-    is_bytes = images.dtype == torch.uint8
-    if not is_bytes and mean is None and std is None:
+    norm = normalization(images, weight, mean, std)
+    if norm is None:
         return weight, bias, 0.0
-    full_scale, shift = (255.0, 128.0) if is_bytes else (1.0, 0.5)
-    channels = weight.shape[1]
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    mean_c = _constant(tuple(mean or [0.0] * channels), wide, weight.device)
-    std_c = _constant(tuple(std or [1.0] * channels), wide, weight.device)
-    per_channel = weight.to(wide).sum(dim=(2, 3))  # (D, C)
-    offset = per_channel @ ((shift / full_scale - mean_c) / std_c)
-    folded = (weight.to(wide) / (full_scale * std_c)[:, None, None]).to(weight.dtype)
-    return folded, offset if bias is None else bias.to(wide) + offset, shift
+    wide_weight = weight.to(norm.divisor.dtype)
+    offset = wide_weight.sum(dim=(2, 3)) @ norm.offset.flatten()  # (D, C) @ (C)
+    folded = (wide_weight / norm.divisor).to(weight.dtype)
+    return folded, offset if bias is None else bias.to(offset.dtype) + offset, norm.shift
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,6 +149,12 @@ def _flops(images: tuple[int, ...], weight: tuple[int, ...], *rest: object) -> i
     return 2 * images[0] * (images[2] // ph) * (images[3] // pw) * d * c * ph * pw
 
 
+def _backward(*args: Any) -> list[Tensor]:
+    from fastvit.kernels.patch_embed.backward import patch_embed_backward
+
+    return patch_embed_backward(*args)
+
+
 _patch_embed = define_op(
     "patch_embed",
     "(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
@@ -138,6 +164,7 @@ _patch_embed = define_op(
     fake=_fake,
     flops=_flops,
     autocast=("images", "weight", "bias"),
+    gradient=Gradient(_backward),
 )
 
 

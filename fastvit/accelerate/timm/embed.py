@@ -1,0 +1,108 @@
+# pyright: reportPrivateImportUsage=false
+"""timm's patch embedding on our kernel.
+
+Shape legend: B batch, C channels, N patch tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fastvit import ops
+from fastvit.accelerate.common import Obstacle
+from fastvit.accelerate.timm import structure
+
+
+def patch_obstacle(embed: Any) -> Obstacle | None:
+    """Why `embed`, of timm's exact class `PatchEmbed`, runs timm's forward now; None if it need
+    not. Its norm may be any."""
+    proj = embed.proj
+    found = structure.obstacle_of(proj, structure.CONV)
+    if found is not None:
+        return Obstacle(f"proj {found.reason}", found.lasting)
+    tiles = proj.stride == proj.kernel_size and proj.padding == (0, 0) and proj.dilation == (1, 1)
+    if not tiles or proj.groups != 1:
+        return Obstacle(f"{proj} does not cut patches side by side", lasting=True)
+    if not embed.flatten and embed.output_fmt != "NHWC":
+        return Obstacle(f"output format is {embed.output_fmt.value}", lasting=True)
+    return structure.global_hook()
+
+
+def embeds_positions(vit: Any) -> bool:
+    """Whether one kernel can do all of a model's embedding now, exactly."""
+    embed = getattr(vit, "patch_embed", None)
+    if isinstance(vit, VisionTransformer) and vit.pos_embed is None:
+        return False  # timm's versions differ in what prefix tokens there are then
+    return (
+        isinstance(embed, PatchEmbed)
+        and structure.obstacle_of(embed, (PatchEmbed, FastPatchEmbed)) is None
+        and structure.obstacle_of(embed.norm, structure.IDENTITY) is None
+        and "_pos_embed" not in vit.__dict__
+        and embed.flatten != getattr(vit, "dynamic_img_size", False)  # else timm's path objects
+        and patch_obstacle(embed) is None
+    )
+
+
+def embed_tokens(vit: Any, x: Tensor, *prefix: Tensor | None) -> Tensor | None:
+    """A model's patch embedding, positions and prefix tokens: [B, C, H, W] to [B, P+N, D]; None
+    where timm's own way is to run.
+
+    Args:
+        vit: with timm's names, ``patch_embed`` and where it has them ``pos_embed, no_embed_class``.
+        x: images.
+        prefix: [1, 1 or more, D] each, in their order; None for one that the model lacks.
+    """
+    pixels = pixels_of(vit.patch_embed, x) if embeds_positions(vit) else None
+    if pixels is None:
+        return None
+    proj = vit.patch_embed.proj
+    grid = [pixels.shape[2] // proj.kernel_size[0], pixels.shape[3] // proj.kernel_size[1]]
+    pos_embed = getattr(vit, "pos_embed", None)
+    if pos_embed is not None:
+        own_positions = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+        if getattr(vit, "dynamic_img_size", False):
+            pos_embed = resample_abs_pos_embed(
+                pos_embed, grid, vit.patch_embed.grid_size, num_prefix_tokens=own_positions
+            )
+        if pos_embed.shape[1] != grid[0] * grid[1] + own_positions:
+            return None  # timm says what is wrong
+    tokens = [token for token in prefix if token is not None]
+    return ops.patch_embed(
+        pixels,
+        proj.weight,
+        proj.bias,
+        pos_embed=None if pos_embed is None else pos_embed[0],
+        prefix=torch.cat(tokens, dim=1)[0] if tokens else None,
+    )
+
+
+def pixels_of(embed: Any, images: Tensor) -> Tensor | None:
+    """What to cut into patches, or None where timm's own forward is to pad, crop or object."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4:
+        return None
+    height, width = images.shape[2:]
+    if embed.img_size is not None and embed.strict_img_size and (height, width) != embed.img_size:
+        return None
+    patch_h, patch_w = embed.patch_size
+    if embed.dynamic_img_pad:
+        return F.pad(images, (0, -width % patch_w, 0, -height % patch_h))
+    return None if height % patch_h or width % patch_w else images
+
+
+class FastPatchEmbed(PatchEmbed):
+    """timm's `PatchEmbed` on our kernel: projection and bias; the models' classes add more."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) to (B, N, D) or (B, H/p, W/p, D)
+        pixels = None if patch_obstacle(self) is not None else pixels_of(self, x)
+        if pixels is None:
+            return super().forward(x)
+        tokens = ops.patch_embed(pixels, self.proj.weight, self.proj.bias)
+        if not self.flatten:
+            tokens = tokens.unflatten(1, (-1, pixels.shape[3] // self.proj.kernel_size[1]))
+        return self.norm(tokens)

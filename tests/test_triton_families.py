@@ -34,7 +34,13 @@ def test_the_numerics_policy(name, dtype, backward, triton_path):
     if isinstance(images, dict):  # NaFlex: whole images here, patches below
         images = torch.randn(2, 3, 32, 48)
     eager, images = eager.to(dtype), images.to(dtype)
-    names = [name for name, _ in eager.named_parameters() if name.startswith("blocks.0")]
+    # not differential attention's lambdas: their gradients are one sum each times a vector, and the
+    # ratio of two roundings of one number is luck
+    names = [
+        name
+        for name, _ in eager.named_parameters()
+        if name.startswith("blocks.0") and "lambda" not in name
+    ]
     fast = accelerate(copy.deepcopy(eager))
     gradients = [names[0], names[len(names) // 2], names[-1]] if backward else []
     report = numerics.compare_models(fast, eager, images, gradients=gradients, seed=seed)

@@ -17,9 +17,18 @@ OPS = ("linear", "patch_embed", "attention", "attention_backward", "layer_norm")
 SHAPES = {
     "linear": [{"M": m, "N": 768, "K": 768} for m in (1, 197, 1024, 1025, 50432)],
     "patch_embed": [{"M": m, "N": 768, "K": 588} for m in (1, 50432)],
-    "attention": [{"N": n, "M": n, "D": d} for n in (1, 197, 4096) for d in (16, 64, 88, 256)],
+    "attention": [
+        {"N": n, "M": n, "D": d, "ROPE": rope}
+        for n in (1, 197, 4096)
+        for d in (16, 64, 88, 256)
+        for rope in (0, 1)
+    ],
     "attention_backward": [
-        {"N": n, "M": n, "D": d, "PHASE": p} for n in (1, 197) for d in (64, 256) for p in (1, 2, 3)
+        {"N": n, "M": n, "D": d, "ROPE": rope, "PHASE": phase}
+        for n in (1, 197)
+        for d in (64, 256)
+        for rope in (0, 1)
+        for phase in (1, 2, 3)
     ],
     "layer_norm": [{"M": 197, "D_POW2": 2**i} for i in range(15)],
 }

@@ -117,8 +117,8 @@ def _models(name: str, *runs: tuple[str, str, int, str]) -> Step:
 
 STEPS = (
     Step("environment", environment_items, limit=60),
-    _numerics("linear", "linear", "mlp"),
-    _numerics("attention", "attention", "attention_qkv"),
+    _numerics("linear", "linear", "mlp", "norm_linear", "norm_mlp"),
+    _numerics("attention", "attention", "attention_qkv", "attention_packed"),
     _numerics("other", "patch_embed", "layer_norm", "rms_norm"),
     _numerics("inference", "linear_statistics", "folded_linear", "row_statistics", *FP8),
     Step("parity", parity_items, limit=180, together=True, strict=True),

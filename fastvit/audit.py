@@ -183,8 +183,7 @@ def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dty
     """What `audit_op` compiles, each with the case that it came from first.
 
     float16 differs from bfloat16 in its opcodes' suffix only, so it gets the shapes of real models,
-    and no gradients; those of small cases get bfloat16 only. An architecture without e4m3 compiles
-    nothing of an op that needs it.
+    and no gradients. An architecture without e4m3 compiles nothing of an op that needs it.
     """
     seen = {
         launch.key()
@@ -198,7 +197,7 @@ def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dty
         real = case in spec.bench_cases
         half = [torch.bfloat16] + [torch.float16] * real
         for dtype in (*half, torch.float32):
-            gradient = dtype == torch.bfloat16 or (real and dtype == torch.float32)
+            gradient = dtype != torch.float16
             for launch in record_launches(spec, case, dtype, arch, gradient=gradient):
                 if launch.key() not in seen:
                     seen.add(launch.key())

@@ -16,7 +16,19 @@ from torch import Tensor, nn
 def resize_grid(grid: Tensor, size: tuple[int, int]) -> Tensor:
     """[1, D, h, w] to [1, D, *size], bicubic with antialiasing, in float32 at least."""
     wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    if wide.requires_grad and torch.compiler.is_compiling():
+        # PyTorch cannot trace its gradient for sizes that vary; along each axis it is a product
+        rows, columns = (_axis_weights(wide, axis, n) for axis, n in zip((2, 3), size, strict=True))
+        return (rows @ wide @ columns.T).to(grid.dtype)
     return F.interpolate(wide, size=size, mode="bicubic", antialias=True).to(grid.dtype)
+
+
+def _axis_weights(grid: Tensor, axis: int, size: int) -> Tensor:
+    """[size, length of `axis`]: what each new entry along an axis takes of each old one."""
+    unit = torch.eye(grid.shape[axis], dtype=grid.dtype, device=grid.device)[None, :, :, None]
+    # two columns, because PyTorch 2.13 repeats the first row of an image that is one pixel wide
+    wide = F.interpolate(unit.repeat(1, 1, 1, 2), size=(size, 2), mode="bicubic", antialias=True)
+    return wide[0, :, :, 0].T
 
 
 def resample_pos_embed(

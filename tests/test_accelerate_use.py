@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm_models import TOLERANCE, Doubled, build, classes, error, images, small
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastvit
 from fastvit.accelerate import Plan, accelerate, explain, restore
@@ -63,6 +64,24 @@ def test_compile_fullgraph(training):
     ours.sum().backward()
     assert error(ours.detach(), theirs) <= TOLERANCE
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_one_graph_trains_at_every_resolution():
+    torch._dynamo.reset()
+    model = small(dynamic_img_size=True)
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(accelerate(model), fullgraph=True, backend=count)
+    grid, patch = model.patch_embed.grid_size, model.patch_embed.patch_size
+    for more in (0, 1, 2, 5):
+        x = torch.randn(2, 3, (grid[0] + more) * patch[0], (grid[1] + 2 * more) * patch[1])
+        compiled(x).sum().backward()
+        ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        restore(model)(x).sum().backward()
+        for name, p in accelerate(model).named_parameters():
+            assert error(ours[name], p.grad) <= TOLERANCE, name
+        model.zero_grad()
+    assert count.frame_count <= 2  # the first size, then any
 
 
 def test_compile_with_precision_and_a_replaced_layer():

@@ -9,11 +9,11 @@ import json
 
 import pytest
 import torch
+from test_audit import in_fresh_process
 
 from fastvit import ops
 from fastvit.kernels import _tuning
 from fastvit.kernels.attention.reference import attention_packed_reference
-from tests.test_audit import in_fresh_process
 
 # a few thousand roundings of 1e-16
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)

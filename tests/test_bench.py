@@ -310,7 +310,10 @@ def test_convolutions_are_exact_where_errors_and_speeds_are_taken(monkeypatch: p
 def test_cublas_alone_is_shown_beside_linear_and_no_peer_where_linear_does_more():
     spec = _spec.all_specs()["linear"]
     cases = {case.name: case for case in spec.cases}
-    for name, bounds in (("one row", ()), ("odd sizes, gelu", (ops.CUBLAS, ops.CUBLASLT))):
+    for name, bounds in (
+        ("one row", ()),
+        ("odd sizes, gelu", (ops.CUBLAS, ops.CUBLASLT, ops.SCALED)),
+    ):
         inputs = spec.inputs(cases[name], torch.float32)
         jobs, missing = ops._contenders(spec, spec.op, inputs, CPU)
         assert list(jobs) == ["fastvit", "eager", "torch.compile", ops.CUBLAS]

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastvit.bench import records
+from fastvit.kernels._spec import all_specs
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 STEPS = (
-    "environment", "numerics_linear", "numerics_attention", "numerics_other", "parity", "tune",
+    "environment", "numerics_linear", "numerics_attention", "numerics_other",
+    "numerics_inference", "parity", "tune",
     "models", "ops", "first_call", "training", "models_more",
 )  # fmt: skip
 
@@ -83,16 +85,15 @@ def test_a_dry_run_walks_through_every_step_and_none_is_run_twice(tmp_path: Path
         assert record["dry_run"]
         assert record["seed"] == 5
         assert record["environment"]["TRITON_INTERPRET"] == "1"
-    for step in ("numerics_linear", "numerics_attention", "numerics_other", "parity"):
+    numerics = [name for name in STEPS if name.startswith("numerics")]
+    for step in (*numerics, "parity"):
         results = read(tmp_path, step)["results"]
         assert all(result["passed"] and result["rows"] for result in results)
         assert read(tmp_path, step)["environment"]["FASTVIT_BACKEND"] == "triton"
     dtypes = {result["dtype"] for result in read(tmp_path, "numerics_other")["results"]}
     assert dtypes == {"torch.bfloat16", "torch.float16", "torch.float32"}
-    ops = {result["op"] for step in STEPS[1:4] for result in read(tmp_path, step)["results"]}
-    assert ops == {
-        "linear", "mlp", "attention", "attention_qkv", "patch_embed", "layer_norm", "rms_norm"
-    }  # fmt: skip
+    ops = {result["op"] for step in numerics for result in read(tmp_path, step)["results"]}
+    assert ops == all_specs().keys()
     for step in ("models", "ops", "training", "models_more"):
         for result in read(tmp_path, step)["results"]:
             assert result["contenders"]["fastvit"]["median"] > 0

@@ -71,8 +71,8 @@ def test_a_fault_in_a_launch_is_caught(vit, dtype, fault, triton_path, monkeypat
         calls.extend(name for name in before if arguments[name] is not before[name])
         _library.launch(kernel, programs, tile, **arguments)
 
-    for op in ("attention", "linear", "layer_norm", "patch_embed"):
-        monkeypatch.setattr(f"fastvit.kernels.{op}.op.launch", launch)
+    for room in ("attention.forward", "linear.op", "layer_norm.op", "patch_embed.op"):
+        monkeypatch.setattr(f"fastvit.kernels.{room}.launch", launch)
     row = check(vit, dtype)
     assert calls
     assert not row.passed, f"seed {SEED}: {row}"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from vit_models import TINY, assert_close, differ, images, same_weights, tiny
 
 import fastvit
@@ -164,12 +165,31 @@ def test_functional_call_uses_the_weights_it_is_given():
     ids=str,
 )
 def test_compile_in_one_graph(options):
+    torch._dynamo.reset()
     model = tiny(**options)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = images(model)
     assert_close(compiled(x), model(x))
     compiled(x).sum().backward()
     assert model.patch_embed.proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("pos_embed", ["learned", "2d"])
+def test_one_graph_for_every_resolution(pos_embed):
+    torch._dynamo.reset()
+    model = tiny(pos_embed=pos_embed, dynamic_img_size=True)
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    patch = model.patch_embed.patch_size[0]
+    for rows, columns in ((4, 4), (5, 6), (8, 3), (9, 9)):
+        x = torch.randn(2, 3, rows * patch, columns * patch)
+        model.zero_grad()
+        compiled(x).sum().backward()
+        ours = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model(x).sum().backward()
+        assert_close(ours, [p.grad for p in model.parameters()])
+    assert count.frame_count <= 2  # the first size, then any
 
 
 def test_export_with_a_dynamic_batch():

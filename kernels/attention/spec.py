@@ -112,6 +112,8 @@ SPECS = (
             _case("d=20", 1, 2, 17, 20),
             _case("key lengths", 3, 2, 70, 64, mask="bool"),
             _case("bias per head", 2, 2, 81, 64, mask="bias"),
+            _case("bias per head, d=128", 2, 1, 20, 128, mask="bias"),
+            _case("bias per head, d=256", 1, 2, 18, 256, mask="bias"),
             _case("sharp scores", 1, 2, 130, 64, sharp=30.0),
             _case("rope of each head, d=40", 2, 2, 70, 40, rope="interleaved"),
             _case("rope of halves, bias", 2, 1, 38, 32, mask="bias", rope="half", prefix=5),

@@ -233,9 +233,11 @@ def patch_embed(
     if prefix is not None:
         prefix_count = prefix.shape[0]
         check_shape("patch_embed", "prefix", prefix, prefix_count, width)
-    if pos_embed is not None and tuple(pos_embed.shape) not in (
-        (patches, width),
-        (prefix_count + patches, width),
+    # one by one: Dynamo compares tuples of symbolic sizes as objects
+    if pos_embed is not None and not (
+        pos_embed.dim() == 2
+        and (pos_embed.shape[0] == patches or pos_embed.shape[0] == prefix_count + patches)
+        and pos_embed.shape[1] == width
     ):
         raise ValueError(
             f"patch_embed: pos_embed {list(pos_embed.shape)} is neither [{patches}, {width}] nor "

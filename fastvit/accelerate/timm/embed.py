@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fastvit import ops
 from fastvit.accelerate.common import Obstacle
 from fastvit.accelerate.timm import structure
+from fastvit.pos_embed import resample_pos_embed
 
 
 def patch_obstacle(embed: Any) -> Obstacle | None:
@@ -62,13 +63,13 @@ def embed_tokens(vit: Any, x: Tensor, *prefix: Tensor | None) -> Tensor | None:
     if pixels is None:
         return None
     proj = vit.patch_embed.proj
-    grid = [pixels.shape[2] // proj.kernel_size[0], pixels.shape[3] // proj.kernel_size[1]]
+    grid = (pixels.shape[2] // proj.kernel_size[0], pixels.shape[3] // proj.kernel_size[1])
     pos_embed = getattr(vit, "pos_embed", None)
     if pos_embed is not None:
         own_positions = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
         if getattr(vit, "dynamic_img_size", False):
-            pos_embed = resample_abs_pos_embed(
-                pos_embed, grid, vit.patch_embed.grid_size, num_prefix_tokens=own_positions
+            pos_embed = resample_pos_embed(
+                pos_embed, grid, vit.patch_embed.grid_size, own_positions
             )
         if pos_embed.shape[1] != grid[0] * grid[1] + own_positions:
             return None  # timm says what is wrong

@@ -29,6 +29,7 @@ from fastvit.attention_maps import (
 from fastvit.cli._models import CHECKPOINT_HELP, DEMO, MODEL_HELP, load_model
 from fastvit.cli._picture import canvas, overlay, panel, pixels, write_lines
 from fastvit.cli._shared import console, fail, finite, print_json, progress_bar
+from fastvit.train.models import Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,8 +69,9 @@ def attention_map(
             if rollout and head is not None:
                 raise ValueError("--rollout takes the mean over heads: leave --head out")
             importlib.import_module("matplotlib")  # now rather than after the wait
-            vit = load_model(model, checkpoint, img_size)
-            photograph, images = _images(image, model, vit)
+            source = load_model(model, checkpoint, img_size)
+            vit = source.model
+            photograph, images = _images(image, source)
             bar.update(task, description="looking")
             names, maps, layout, where = _look(vit, images, block, head, rollout)
             out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def attention_map(
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             fail("attention-map", str(error))
         record = _record(names, maps, layout) | {
-            "model": samples.DINOV2_SMALL if model == DEMO else model,
+            "model": source.config.name if source.run is None else model,
             "image": image,
             "img_size": list(images.shape[2:]),
             "shown": where,
@@ -94,13 +96,14 @@ def attention_map(
         _print(record, out)
 
 
-def _images(image: str, name: str, vit: Any) -> tuple[Image, Tensor]:
+def _images(image: str, source: Source) -> tuple[Image, Tensor]:
     """The photograph as the model sees it, and normalised."""
+    size = source.model.patch_embed.img_size
     picture = samples.photo(image) if image in samples.PHOTOS else samples.load_image(image)
-    picture = samples.square(picture, vit.patch_embed.img_size)
-    cfg = {} if name == DEMO else vit.default_cfg
+    picture = samples.square(picture, size)
+    cfg = source.pixels()
     mean, std = cfg.get("mean", samples.MEAN), cfg.get("std", samples.STD)
-    return picture, samples.preprocess(picture, vit.patch_embed.img_size, mean, std)
+    return picture, samples.preprocess(picture, size, mean, std)
 
 
 def _look(

@@ -46,7 +46,7 @@ def export(
             from fastvit.export import export_model
 
             overrides = {"dynamic_img_size": True} if dynamic_size else {}
-            vit = load_model(model, checkpoint, img_size, **overrides)
+            vit = load_model(model, checkpoint, img_size, **overrides).model
             bar.update(task, description=f"exporting to {to}")
             done = export_model(vit, path, to, dynamic_size=dynamic_size)
         except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -188,9 +188,12 @@ def load_source(
         _load(source.model, checkpoint or run.weights(ema))
         return source
     if name == DEMO:
-        config = ModelConfig(samples.DINOV2_SMALL, {"img_size": 224, "num_classes": 0, **extra})
+        if checkpoint is not None:
+            raise ValueError(f"{DEMO!r} brings weights of its own; a checkpoint is for other names")
+        options = {"img_size": 224, "num_classes": 0, **extra}
+        config = ModelConfig(samples.DINOV2_SMALL, options)
         model = build_model(config)
-        load_checkpoint(model, samples.dinov2_small(224))
+        load_checkpoint(model, samples.dinov2_small(options["img_size"]))
         return Source(model, config)
     if checkpoint is None:
         pretrained = ModelConfig(name, {**extra, "pretrained": True})

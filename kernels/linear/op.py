@@ -123,13 +123,7 @@ def launch_with(
 ) -> tuple[Tensor, Tensor | None]:
     """`launch_linear` with more in its epilogue; beside the result what that leaves behind, if it
     does: statistics, what goes into the activation, or act(pre) of the `pre` given."""
-    import triton.language as tl
-
-    from fastvit.kernels.linear.kernel import (
-        linear_device_tma_kernel,
-        linear_kernel,
-        linear_tma_kernel,
-    )
+    from fastvit.kernels.linear.kernel import linear_kernel
 
     n, k = weight.shape
     m = math.prod(x.shape[:-1])
@@ -184,42 +178,13 @@ def launch_with(
         "BLOCK_N": tile.BLOCK_N,
         "BLOCK_K": tile.BLOCK_K,
     }
-    strides = {
-        "stride_xm": x2.stride(0),
-        "stride_xk": x2.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
-    }
-    arithmetic = {
-        "PRECISION": float32_precision(x.dtype),
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "EVEN_K": k % tile.BLOCK_K == 0,
-    }
     if tile.split_k > 1:
-        _launch_split(tile, programs, x2, weight, common, strides, arithmetic)
+        _launch_split(tile, programs, x2, weight, common)
     elif tile.backend in TMA:
-        if tile.persistent:
-            programs = min(programs, tile.persistent * multiprocessors(x.device))
-        if tile.backend == "tma":
-            operands: dict[str, Any] = _descriptors(x2, weight, tile)
-            operands["PERSISTENT"] = tile.persistent > 0
-            kernel = linear_tma_kernel
-        else:
-            _provide_scratch()
-            operands = {
-                "x_ptr": x2,
-                "weight_ptr": weight,
-                "stride_xm": x2.stride(0),
-                "stride_wn": weight.stride(0),
-                "WARP_SPECIALIZE": tile.warp_specialize,
-            }
-            kernel = linear_device_tma_kernel
-        launch(kernel, programs, tile, **operands, **common)
+        _launch_tma(tile, programs, x2, weight, common)
     else:
-        launch(
-            linear_kernel, programs, tile, x_ptr=x2, weight_ptr=weight, **strides, **arithmetic,
-            **common,
-        )  # fmt: skip
+        operands = _pointers(x2, weight, tile)
+        launch(linear_kernel, programs, tile, x_ptr=x2, weight_ptr=weight, **operands, **common)
     return y, aside
 
 
@@ -237,10 +202,56 @@ def _asides(extra: Extra, x: Tensor, n: int, band: int) -> dict[str, Tensor | No
     return {"out_statistics_ptr": statistics, "hidden_ptr": hidden, "pre_ptr": pre}
 
 
+def _pointers(x: Tensor, weight: Tensor, tile: TileConfig) -> dict[str, Any]:
+    """What a kernel that reads both operands by pointers needs to know of them."""
+    import triton.language as tl
+
+    return {
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "PRECISION": float32_precision(x.dtype),
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "EVEN_K": x.shape[1] % tile.BLOCK_K == 0,
+    }
+
+
+def _launch_tma(
+    tile: TileConfig, tiles: int, x: Tensor, weight: Tensor, common: dict[str, Any]
+) -> None:
+    """All of `tiles` through the tensor memory accelerator."""
+    from fastvit.kernels.linear.kernel import linear_device_tma_kernel, linear_tma_kernel
+
+    persistent = tile.persistent * multiprocessors(x.device)
+    programs = min(tiles, persistent) if persistent else tiles
+    if tile.backend == "tma":
+        launch(
+            linear_tma_kernel,
+            programs,
+            tile,
+            **_descriptors(x, weight, tile),
+            PERSISTENT=tile.persistent > 0,
+            **common,
+        )
+        return
+    _provide_scratch()
+    launch(
+        linear_device_tma_kernel,
+        programs,
+        tile,
+        x_ptr=x,
+        weight_ptr=weight,
+        stride_xm=x.stride(0),
+        stride_wn=weight.stride(0),
+        WARP_SPECIALIZE=tile.warp_specialize,
+        **common,
+    )
+
+
 def _launch_split(
-    tile: TileConfig, tiles: int, x: Tensor, weight: Tensor, common: dict[str, Any],
-    strides: dict[str, int], arithmetic: dict[str, Any],
-) -> None:  # fmt: skip
+    tile: TileConfig, tiles: int, x: Tensor, weight: Tensor, common: dict[str, Any]
+) -> None:
     """`tile.split_k` sums over a part of K for each of `tiles` tiles, then their sum."""
     from fastvit.kernels.linear.kernel_split import linear_reduce_kernel, linear_split_kernel
 
@@ -250,6 +261,7 @@ def _launch_split(
     )
     tma = tile.backend != ""
     operands = _descriptors(x, weight, tile) if tma else {"x_desc": x, "weight_desc": weight}
+    pointers = _pointers(x, weight, tile)
     launch(
         linear_split_kernel,
         tiles * tile.split_k,
@@ -261,8 +273,7 @@ def _launch_split(
         TMA=tma,
         **{name: common[name] for name in ("M", "N", "K", "GROUP_M")},
         **{name: common[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
-        **strides,
-        **arithmetic,
+        **pointers,
     )
     rest = {name: common[name] for name in common if name not in ("GROUP_M", "BLOCK_M", "BLOCK_K")}
     launch(
@@ -271,7 +282,7 @@ def _launch_split(
         REDUCE,
         partial_ptr=partial,
         SPLIT_K=tile.split_k,
-        ACC=arithmetic["ACC"],
+        ACC=pointers["ACC"],
         BLOCK_M=REDUCE_M,
         **rest,
     )

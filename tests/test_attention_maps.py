@@ -341,7 +341,7 @@ def test_command_for_one_head_and_rollout(tmp_path):
     ("arguments", "message"),
     [
         (["absent.jpg"], "cannot read 'absent.jpg' as an image"),
-        (["--img-size", "100"], "multiple of 14; got 100"),
+        (["--img-size", "100"], "14x14 does not divide image size 100x100"),
         (["--img-size", "56", "--block", "12"], "do not name some of 12 blocks"),
         (["--img-size", "56", "--head", "6"], "has heads 0 to 5"),
         (["--rollout", "--head", "1"], "leave --head out"),

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -109,16 +110,19 @@ def test_a_contender_that_does_not_run_is_named_and_not_timed(clock: Clock):
 
 
 def test_torch_compile_without_a_compiler_is_such_a_contender():
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        return torch.sin(x) * 2
+    factor = random.random()  # machine code that no earlier test left behind
 
-    compiled = torch.compile(twice, dynamic=False)
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x) * factor
+
+    torch._dynamo.reset()
+    compiled = torch.compile(scaled, dynamic=False)
     x = torch.randn(64)
     # caches would hand out what an earlier run compiled
     off = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     with inductor_config.patch(off):
         result = timing.race(
-            {"eager": lambda: twice(x), "compiled": lambda: compiled(x)},
+            {"eager": lambda: scaled(x), "compiled": lambda: compiled(x)},
             budget_s=0, min_rounds=1, device=CPU,
         )  # fmt: skip
     assert list(result.timings) == ["eager"]

@@ -190,4 +190,4 @@ def test_command_fails_where_the_export_differs(tmp_path, monkeypatch):
 def test_command_names_bad_input(tmp_path):
     done = CliRunner().invoke(app, ["export", "--img-size", "30", "--out", str(tmp_path / "x.pt2")])
     assert done.exit_code == 1
-    assert "multiple of 14; got 30" in done.stderr
+    assert "14x14 does not divide image size 30x30" in done.stderr

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import random
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fastvit import VisionTransformer, numerics
 from fastvit._compat import import_timm
 from fastvit.bench import models, ops, peers, report, timing
 from fastvit.cli.main import app
-from fastvit.kernels import _spec
+from fastvit.kernels import _device, _spec
 
 CPU = torch.device("cpu")
 
@@ -227,17 +229,46 @@ def test_a_training_step_changes_weights_and_each_peer_has_its_own():
     assert own is not model.norm.weight
 
 
-def test_levels_of_peers():
+def test_levels_of_peers(monkeypatch: pytest.MonkeyPatch):
     model = models._timm_model("test_vit", seed=0)
     gpu = torch.device("cuda")
-    names = {
-        level: list(dict(models._peers(model, gpu, 1, train=False, level=level)))
-        for level in ("few", "timm", "all")
-    }
+
+    def names_on(arch: str) -> dict[Any, list[str]]:
+        levels: list[Any] = ["few", "timm", "all"]
+        monkeypatch.setattr(_device, "_architecture", lambda index: arch)
+        return {
+            level: list(dict(models._peers(model, gpu, 1, train=False, level=level)))
+            for level in levels
+        }
+
+    names = names_on("sm90")
     assert names["few"] == ["timm", "timm + torch.compile", "timm + reduce-overhead"]
-    assert names["timm"] == [*names["few"], "timm + max-autotune"]
+    assert names["timm"] == [*names["few"], "timm + max-autotune", models.TORCHAO]
+    assert names_on("sm80")["timm"] == names["timm"][:-1]  # no e4m3
     others = ["transformers", "transformers + torch.compile", "torchvision"]
     assert names["all"] == [*names["timm"], *others]
+
+
+def test_torchao_gets_every_linear_but_the_classifier(monkeypatch: pytest.MonkeyPatch):
+    model = models._timm_model("test_vit", seed=0)
+    with pytest.raises(ImportError, match="torchao"):
+        peers.torchao_fp8(model)
+    given: list[str] = []
+
+    def quantize_(peer: Any, config: Any, chosen: Any) -> None:
+        assert peer is not model
+        assert config == {"granularity": "a row", "set_inductor_config": False}
+        given.extend(name for name, module in peer.named_modules() if chosen(module, name))
+
+    torchao = types.ModuleType("torchao.quantization")
+    vars(torchao).update(
+        Float8DynamicActivationFloat8WeightConfig=dict, PerRow=lambda: "a row", quantize_=quantize_
+    )
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
+    peers.torchao_fp8(model)
+    assert len(given) == 4 * len(model.blocks)
+    assert "head" not in given
 
 
 @pytest.mark.parametrize("build", [peers.transformers_vit, peers.torchvision_vit])

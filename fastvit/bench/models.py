@@ -28,7 +28,7 @@ QUICK_MODELS, CPU_MODELS = ("vit_tiny_patch16_224",), ("vit_small_patch16_224",)
 GPU_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 OWN_MODEL, GRAPHED = f"{OURS} create_model", f"{OURS} + CUDA graphs"
 FOLDED, FP8 = f"{OURS} + folded norms", f"{OURS} + fp8"
-COMPILED = "timm + torch.compile"
+COMPILED, TORCHAO = "timm + torch.compile", "timm + torchao fp8 + max-autotune"
 # what the waterfall climbs by; a contender that was not timed is a step left out
 TECHNIQUES = {
     "timm": [],
@@ -125,7 +125,7 @@ def bench_model(
                 continue
             jobs[contender] = on_ours(job) if is_ours(contender) else job
         works = rotating(jobs, [{"x": x} for x in images])
-        result = race(works, budget_s=budget_s, min_rounds=5, device=device)
+        result = race(works, budget_s=budget_s, min_rounds=5, device=device, bounds=(TORCHAO,))
         result.failed |= failed
         techniques = {key: TECHNIQUES[key] for key in TECHNIQUES if key in result.timings}
     return Result(
@@ -228,8 +228,8 @@ def _passed(build: Builder, check: Check) -> nn.Module:
 def _peers(
     model: nn.Module, device: torch.device, batch: int, train: bool, level: Level
 ) -> Iterator[tuple[str, Builder]]:
-    """timm eager and compiled; from level ``timm`` on with max-autotune, and at ``all``
-    transformers and torchvision.
+    """timm eager and compiled; from level ``timm`` on with max-autotune, also of torchao's e4m3
+    linears (no peer of ours in full precision), and at ``all`` transformers and torchvision.
 
     A training step changes weights, so there each has its own.
     """
@@ -250,6 +250,11 @@ def _peers(
         yield "timm + reduce-overhead", compiled(timm, mode="reduce-overhead")
     if gpu and level != "few":
         yield "timm + max-autotune", compiled(timm, mode="max-autotune")
+        if not train and fp8_problem(device) is None:
+            yield (
+                TORCHAO,
+                compiled(functools.partial(peers.torchao_fp8, model), mode="max-autotune"),
+            )
     if level != "all":
         return
     hf = functools.partial(peers.transformers_vit, model)

@@ -112,6 +112,28 @@ def torchvision_vit(model: nn.Module) -> nn.Module:
     return _checked(_fill(peer, model, TORCHVISION), peer, model)
 
 
+def torchao_fp8(model: nn.Module) -> nn.Module:
+    """A copy of timm's `model` whose linears but the classifier multiply e4m3, with a scale for
+    each row that is found as it runs; made for `torch.compile`.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+        Float8DynamicActivationFloat8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    # without its settings of Inductor, which the other contenders would get too
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), set_inductor_config=False
+    )
+    peer = copy.deepcopy(model)
+    quantize_(peer, config, lambda module, name: isinstance(module, nn.Linear) and name != "head")
+    return peer
+
+
 def _shape(model: Any) -> dict[str, Any]:
     """What both libraries' configurations ask for, read off timm's model."""
     block, patch = model.blocks[0], model.patch_embed

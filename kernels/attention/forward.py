@@ -91,7 +91,8 @@ class Problem:
         if self.cu_seqlens is not None:
             n = m = self.longest
         arch = architecture(self.q.device)
-        return lookup(op, arch, self.q.dtype, N=n, M=m, D=d, **phase)
+        rope = int(self.rope is not None)  # takes registers
+        return lookup(op, arch, self.q.dtype, N=n, M=m, D=d, ROPE=rope, **phase)
 
     def programs(self, tokens: int, block: int) -> int:
         """How many do `block` of every head's `tokens` each; as `find_block` counts them."""

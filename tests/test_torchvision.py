@@ -1,4 +1,5 @@
-"""`accelerate` on torchvision's ViTs. Its stored-logit tests need weights from the network; here
+"""`accelerate` on torchvision's ViTs. Its own tests store the logits of models as they are made,
+whose classifiers are zero, so that any model that runs has them (one test here); in the others
 every parameter is drawn at random and torchvision itself is the reference."""
 
 import copy
@@ -39,6 +40,13 @@ def test_every_architecture_is_fused(name):
     plan = make_plan(model, find_parts(model))
     assert plan.fully_fused
     assert len(plan.fused_blocks) == {"b": 12, "l": 24, "h": 32}[name[4]]
+
+
+def test_the_logits_that_torchvision_stores():
+    torch.manual_seed(0)
+    model = models.vit_b_32(num_classes=50).eval()
+    with torch.no_grad():
+        assert accelerate(model, strict=True)(torch.rand(1, 3, 224, 224)).count_nonzero() == 0
 
 
 def test_a_whole_architecture():

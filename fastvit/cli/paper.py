@@ -148,5 +148,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{record['title']}\nViT paper, {record['source']}", fontsize=10, loc="left")
+    # of the figure, since it may be longer than the axes
+    title = f"{record['title']}\nViT paper, {record['source']}"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path)

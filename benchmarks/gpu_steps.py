@@ -75,10 +75,10 @@ def numerics_items(settings: Settings, *, names: tuple[str, ...]) -> dict[str, I
     from fastvit.kernels._spec import Case, OpSpec, all_specs
 
     def check(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
-        inputs = spec.inputs(case, dtype, settings.device, settings.seed)
-        report = numerics.compare(
-            spec.op, spec.reference, inputs, backward=not spec.inference, seed=settings.seed
-        )
+        report = numerics.compare_case(
+            spec, case, dtype, device=settings.device, seed=settings.seed,
+            backward=not spec.inference,
+        )  # fmt: skip
         return {"op": spec.name, "case": case.name, "dtype": str(dtype), **entry(report)}
 
     specs = [all_specs()[name] for name in names]

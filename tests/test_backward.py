@@ -18,7 +18,7 @@ from fastvit.kernels.linear.backward import MAX_SPLIT, choose_split
 from fastvit.kernels.linear.reference import ACTIVATIONS, linear_reference
 from fastvit.kernels.mlp.reference import mlp_reference
 from fastvit.kernels.norm_linear.reference import norm_linear_reference
-from fastvit.numerics import compare
+from fastvit.numerics import compare, compare_case
 
 SEED = int(time.time())  # fresh each run; a failure prints it
 SPECS = {name: spec for name, spec in all_specs().items() if not spec.inference}
@@ -87,7 +87,9 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_half_dtypes_pass_the_policy(triton_path, spec, case, dtype):
-    check(spec.op, spec.reference, spec.inputs(case, dtype, seed=SEED))
+    report = compare_case(spec, case, dtype, seed=SEED, backward=True)
+    assert len(report.rows) > 1
+    assert report.passed, f"seed {SEED}\n{report}"
 
 
 @pytest.mark.parametrize("name", SPECS)

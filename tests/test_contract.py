@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvit import ops
 from fastvit.kernels._library import OPS
 from fastvit.kernels._spec import all_specs
-from fastvit.numerics import compare
+from fastvit.numerics import compare_case
 
 SPECS = all_specs()
 CASES = [(spec, case) for spec in SPECS.values() for case in spec.cases]
@@ -47,14 +47,13 @@ def smallest(spec, dtype=torch.float32):
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_numerics_forward(triton_path, spec, case, dtype):
-    report = compare(spec.op, spec.reference, spec.inputs(case, dtype, seed=SEED))
+    report = compare_case(spec, case, dtype, seed=SEED)
     assert report.passed, f"seed {SEED}\n{report}"
 
 
 @each_trained_case
 def test_numerics_backward(triton_path, spec, case):
-    inputs = spec.inputs(case, torch.float32, seed=SEED)
-    report = compare(spec.op, spec.reference, inputs, backward=True)
+    report = compare_case(spec, case, torch.float32, seed=SEED, backward=True)
     assert len(report.rows) > 1
     assert report.passed, f"seed {SEED}\n{report}"
 

@@ -8,7 +8,7 @@ import torch
 from fastvit import ops
 from fastvit.kernels._spec import all_specs
 from fastvit.kernels._tuning import TileConfig
-from fastvit.numerics import compare
+from fastvit.numerics import compare_case
 
 SPEC = all_specs()["linear"]
 SEED = int(time.time())  # fresh each run; a failure prints it
@@ -56,7 +56,7 @@ def launches(monkeypatch):
 def test_backends_pass_the_policy(triton_path, monkeypatch, launches, backend, case, dtype):
     tile = BACKENDS[backend]
     monkeypatch.setattr("fastvit.kernels.linear.op.lookup", lambda *args, **sizes: tile)
-    report = compare(SPEC.op, SPEC.reference, SPEC.inputs(case, dtype, seed=SEED))
+    report = compare_case(SPEC, case, dtype, seed=SEED)
     assert report.passed, f"seed {SEED}\n{report}"
 
     packed = case.sizes["K"] % 8 == 0  # rows of 16 bytes, else TMA cannot read them

@@ -146,7 +146,7 @@ Job = tuple[dict[str, Any], Callable[[], "Report"]]
 def op_jobs(chosen: list[str] | None, settings: Settings) -> list[Job]:
     """Every case of the chosen ops, or of all, in every dtype."""
     from fastvit.kernels._spec import Case, OpSpec, all_specs
-    from fastvit.numerics import compare
+    from fastvit.numerics import compare_case
 
     specs = all_specs()
     for name in chosen or ():
@@ -155,10 +155,9 @@ def op_jobs(chosen: list[str] | None, settings: Settings) -> list[Job]:
 
     def job(spec: OpSpec, dtype: Dtype, case: Case) -> Job:
         def check() -> Report:
-            inputs = spec.inputs(case, dtype.torch, settings.device, settings.seed)
-            return compare(
-                spec.op, spec.reference, inputs,
-                backward=settings.backward and not spec.inference, seed=settings.seed,
+            return compare_case(
+                spec, case, dtype.torch, device=settings.device, seed=settings.seed,
+                backward=settings.backward and not spec.inference,
             )  # fmt: skip
 
         return {

@@ -1,10 +1,12 @@
-"""timm, imported so that it also works beside a torchvision built for another torch."""
+"""timm, torchvision and transformers, imported so that they also work beside a torchvision built for
+another torch."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -29,19 +31,24 @@ def _define_torchvision_schemas() -> None:
 _KEPT: list[torch.library.Library] = []  # a Library takes its definitions back when collected
 
 
+def _import(name: str, before: Callable[[], None] = lambda: None) -> ModuleType:
+    """A package, after `before`; where something is missing, an error that says what to install."""
+    try:
+        before()
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs {error.name}, which is not installed: pip install {name}"
+        ) from error
+
+
 def import_timm() -> ModuleType:
     """The timm package.
 
     Raises:
         ImportError: timm is not installed.
     """
-    try:
-        _define_torchvision_schemas()
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"this needs {error.name}, which is not installed: pip install timm"
-        ) from error
+    return _import("timm", before=_define_torchvision_schemas)
 
 
 def import_torchvision() -> ModuleType:
@@ -50,13 +57,7 @@ def import_torchvision() -> ModuleType:
     Raises:
         ImportError: torchvision is not installed.
     """
-    try:
-        _define_torchvision_schemas()
-        return importlib.import_module("torchvision")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"this needs {error.name}, which is not installed: pip install torchvision"
-        ) from error
+    return _import("torchvision", before=_define_torchvision_schemas)
 
 
 def import_transformers() -> ModuleType:
@@ -67,9 +68,4 @@ def import_transformers() -> ModuleType:
     """
     with contextlib.suppress(ModuleNotFoundError):  # it imports torchvision where it finds one
         _define_torchvision_schemas()
-    try:
-        return importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"this needs {error.name}, which is not installed: pip install transformers"
-        ) from error
+    return _import("transformers")

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import random
 import re
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
 from fastvit import VisionTransformer, numerics
-from fastvit._compat import import_timm
-from fastvit.bench import models, ops, peers, report, timing
+from fastvit.bench import models, ops, report, timing
 from fastvit.cli.main import app
-from fastvit.kernels import _device, _spec
+from fastvit.kernels import _spec
 
 CPU = torch.device("cpu")
 
@@ -227,74 +224,6 @@ def test_a_training_step_changes_weights_and_each_peer_has_its_own():
     assert list(contenders) == ["timm", "timm + torch.compile"]
     own = contenders["timm + torch.compile"]().get_parameter("_orig_mod.norm.weight")
     assert own is not model.norm.weight
-
-
-def test_levels_of_peers(monkeypatch: pytest.MonkeyPatch):
-    model = models._timm_model("test_vit", seed=0)
-    gpu = torch.device("cuda")
-
-    def names_on(arch: str) -> dict[Any, list[str]]:
-        levels: list[Any] = ["few", "timm", "all"]
-        monkeypatch.setattr(_device, "_architecture", lambda index: arch)
-        return {
-            level: list(dict(models._peers(model, gpu, 1, train=False, level=level)))
-            for level in levels
-        }
-
-    names = names_on("sm90")
-    assert names["few"] == ["timm", "timm + torch.compile", "timm + reduce-overhead"]
-    assert names["timm"] == [*names["few"], "timm + max-autotune", models.TORCHAO]
-    assert names_on("sm80")["timm"] == names["timm"][:-1]  # no e4m3
-    others = ["transformers", "transformers + torch.compile", "torchvision"]
-    assert names["all"] == [*names["timm"], *others]
-
-
-def test_torchao_gets_every_linear_but_the_classifier(monkeypatch: pytest.MonkeyPatch):
-    model = models._timm_model("test_vit", seed=0)
-    with pytest.raises(ImportError, match="torchao"):
-        peers.torchao_fp8(model)
-    given: list[str] = []
-
-    def quantize_(peer: Any, config: Any, chosen: Any) -> None:
-        assert peer is not model
-        assert config == {"granularity": "a row", "set_inductor_config": False}
-        given.extend(name for name, module in peer.named_modules() if chosen(module, name))
-
-    torchao = types.ModuleType("torchao.quantization")
-    vars(torchao).update(
-        Float8DynamicActivationFloat8WeightConfig=dict, PerRow=lambda: "a row", quantize_=quantize_
-    )
-    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
-    monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
-    peers.torchao_fp8(model)
-    assert len(given) == 4 * len(model.blocks)
-    assert "head" not in given
-
-
-@pytest.mark.parametrize("build", [peers.transformers_vit, peers.torchvision_vit])
-def test_other_libraries_compute_what_timm_does(build):
-    model = models._timm_model("test_vit", seed=0).eval()
-    images = torch.randn(2, 3, 160, 160)
-    with torch.no_grad():
-        # two orders of the same float32 operations: some hundred roundings of 6e-8
-        torch.testing.assert_close(build(model)(images), model(images), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("build", [peers.transformers_vit, peers.torchvision_vit])
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"init_values": 0.1}, "it also has blocks.0.ls1.gamma"),
-        ({"qkv_bias": False}, "differ"),
-        ({"global_pool": "avg", "fc_norm": False}, "differs by"),  # the same weights
-        ({"act_layer": "relu"}, "differs by"),
-    ],
-)
-def test_other_libraries_are_no_peers_of_what_they_do_not_compute(build, options, reason):
-    model = import_timm().create_model("test_vit", depth=1, **options)
-    numerics.randomise(model, 0)
-    with pytest.raises(ValueError, match=f"not a plain ViT.*{reason}"):
-        build(model.eval())
 
 
 def test_a_form_of_ours_whose_numerics_fail_is_not_timed():

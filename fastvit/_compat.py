@@ -1,5 +1,5 @@
-"""timm, torchvision and transformers, imported so that they also work beside a torchvision built for
-another torch."""
+"""timm, torchvision and transformers, imported so that they also work beside a torchvision built
+for another torch."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
 
+# every test, also those that are slow, with fresh seeds: the last line says which
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n 2 -m slow
+	FASTVIT_TEST_SEED=fresh $(BIN)/pytest -n 2 -m ''
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

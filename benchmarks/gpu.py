@@ -102,9 +102,6 @@ MORE = (
 )
 
 
-FP8 = ("fp8_linear", "fp8_layer_norm", "fp8_quantize")
-
-
 def _numerics(name: str, *ops: str) -> Step:
     items = functools.partial(numerics_items, names=ops)
     return Step(f"numerics_{name}", items, limit=180, together=True, strict=True)
@@ -120,7 +117,7 @@ STEPS = (
     _numerics("linear", "linear", "mlp", "norm_linear", "norm_mlp"),
     _numerics("attention", "attention", "attention_qkv", "attention_packed"),
     _numerics("other", "patch_embed", "layer_norm", "rms_norm"),
-    _numerics("inference", "linear_statistics", "folded_linear", "row_statistics", *FP8),
+    _numerics("fp8", "fp8_linear", "fp8_layer_norm", "fp8_quantize"),
     Step("parity", parity_items, limit=180, together=True, strict=True),
     Step("tune", tune_items, limit=200, stall=120),
     _models("models", *(("model", B16, b, peers) for peers in ("few", "timm") for b in (256, 1))),

@@ -1,39 +1,46 @@
 """Compile kernels for GPUs that are not here, and read what came out.
 
-A launcher is run on meta tensors while `JITFunction.run` only records its arguments, so what is
-compiled is what a real launch would compile: same tiles, same specialisations. Read from the
+An op is run on tensors that nobody writes while `launches.recorded` keeps its launches, and Triton
+compiles each as for a launch on that GPU: same tiles, same specialisations. Read from the
 compiler's output: registers, stack, shared memory, matrix instructions, stores, spills inside
 loops, and what Triton has been seen to get wrong with no error:
 
 - where a tile feeds both a product and other arithmetic, one buffer fewer than its partner has, so
   that it is overwritten while the product still reads it;
-- under warp specialisation, boxes of the tensor memory accelerator that are larger than the memory
-  they are copied to (3.6; 3.7 refuses to compile), or two groups of warps that do the same work;
+- boxes of the tensor memory accelerator that are larger than the memory they are copied to;
 - a kernel compiled to nothing.
 
-Needs a process without ``TRITON_INTERPRET=1``.
+What was read of a kernel is kept in ``$FASTVIT_CACHE/audit`` (else ``~/.cache/fastvit/audit``), by
+source, specialisation, target and triton's version. Needs a process without ``TRITON_INTERPRET=1``
+that uses no GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import hashlib
+import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from fastvit.kernels import _device
-from fastvit.kernels._library import Gradient, Op
-from fastvit.kernels._spec import Case, OpSpec, all_specs
+from fastvit.kernels._spec import Case, OpSpec
+from fastvit.kernels._tuning import cache_folder
+from fastvit.kernels.specs import all_specs
+from fastvit.launches import recorded
 
 _SHAPE = r"(\d+(?:x\d+)*)x"  # of a type in TTGIR
 # opcode of a matrix instruction on bfloat16 and float16, by architecture
@@ -43,71 +50,57 @@ ARCHITECTURES = tuple(MATRIX_OPCODE)
 # An op, and those whose kernels it launches too: only forms that these do not have count as its
 # own. `mlp` and `norm_linear` have none that `norm_mlp` has not.
 _MADE_OF = {"norm_mlp": ("linear", "layer_norm"), "patch_embed": ("linear",)}
-_TYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.float8_e4m3fn: "fp8e4nv",
-}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the kernel, its arguments by name, its compile options."""
+    """One recorded launch for a GPU of architecture `arch`."""
 
     kernel: Any
-    arguments: dict[str, Any]
+    arguments: tuple[Any, ...]
     options: dict[str, int]
+    arch: str
 
     @property
     def multiplies(self) -> bool:
         """Whether the kernel, or a function that it calls, has a matrix product."""
         return _has_product(self.kernel)
 
-    def opcode(self, arch: str) -> str:
+    @property
+    def opcode(self) -> str:
         """Of the matrix instructions that its operands ask for."""
-        weight = next((v for k, v in self.arguments.items() if k.startswith("weight")), None)
-        fp8 = getattr(getattr(weight, "base", weight), "dtype", None) == torch.float8_e4m3fn
-        return (FP8_OPCODE if fp8 else MATRIX_OPCODE)[arch]
+        fp8 = any(t.dtype == torch.float8_e4m3fn for t in _tensors(self.arguments[:2]))
+        return (FP8_OPCODE if fp8 else MATRIX_OPCODE)[self.arch]
 
-    def is_constant(self, parameter: Any) -> bool:
-        """Whether the compiler sees the value of a parameter: constexpr, None, 1."""
-        value = self.arguments[parameter.name]
-        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        return parameter.is_constexpr or value is None or one
+    def key(self) -> str:
+        """What the compiler sees: launches with equal keys share machine code."""
+        from triton.runtime.jit import compute_cache_key
 
-    def is_aligned(self, parameter: Any) -> bool:
-        """Whether it sees that 16 divides it. Pointers are taken to be, as PyTorch's are."""
-        value = self.arguments[parameter.name]
-        number = isinstance(value, int) and not parameter.do_not_specialize
-        return isinstance(value, Tensor) or (number and value % 16 == 0)
+        use_target(self.arch)
+        *_, binder = self.kernel.device_caches[self.arch]
+        _, specialization, options = binder(*self.arguments, **self.options)
+        return f"{self.kernel.cache_key} {compute_cache_key({}, specialization, options)}"
 
-    def key(self) -> tuple[object, ...]:
-        """What the compiler specialises on: launches with equal keys share machine code."""
-        arguments = tuple(
-            str(value)
-            if self.is_constant(parameter)
-            else (_type_name(value), self.is_aligned(parameter))
-            for parameter in self.kernel.params
-            for value in [self.arguments[parameter.name]]
-        )
-        return (self.kernel.__name__, arguments, tuple(self.options.items()))
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those of matrices and of descriptors too."""
+    for given in arguments:
+        argument = getattr(given, "base", given)
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What the machine code of one launch holds.
 
-    `num_warps` are those of a block, with warp specialisation more than the launch asks for;
     `registers` are per thread (vector registers on AMD), `stack` bytes per thread, `shared` bytes
     per block, `matrix_ops` and `loop_spills` instruction counts (on AMD all spills count),
     `stores` those that write global memory, `narrow_loads` those of global loads of one or two
     bytes (None on AMD), `buffers` the depths of `buffer_depths`, `boxes` the elements of
-    `tma_boxes`, `warp_groups` what is wrong with them by `warp_group_problems`, `blocks` how many
-    fit one multiprocessor.
+    `tma_boxes`, `blocks` how many fit one multiprocessor.
     """
 
     kernel: str
@@ -122,7 +115,6 @@ class Compiled:
     narrow_loads: int | None = None
     stores: int = 1
     boxes: tuple[tuple[int, int], ...] = ()
-    warp_groups: tuple[str, ...] = ()
     opcode: str = ""  # counted as `matrix_ops`
 
     @property
@@ -155,7 +147,7 @@ class Compiled:
             found.append(f"boxes that do not fit their memory {wrong}")
         if self.stores == 0:
             found.append("nothing is stored")
-        return [*found, *self.warp_groups]
+        return found
 
 
 @dataclass(frozen=True)
@@ -172,11 +164,31 @@ class Audited:
 def audit_op(spec: OpSpec, arch: str) -> Iterator[Audited]:
     """Compile every distinct launch of an op's cases for `arch`."""
     for case, dtype, launch in distinct_launches(spec, arch):
-        compiled = compile_launch(launch, arch)
+        compiled = compile_launch(launch)
         half = dtype in (torch.bfloat16, torch.float16)
         problems = compiled.problems(tensor_cores=half and launch.multiplies)
         name = str(dtype).removeprefix("torch.")
         yield Audited(spec.name, case.name, name, compiled, problems)
+
+
+Job = tuple[str, str]  # an op and an architecture
+
+
+def audit(jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Audited] | Exception]]:
+    """`audit_op` of each job in processes of their own, one a core; results as they come. Whatever
+    the compiler raises is the result of that job."""
+    # those that take longest first
+    jobs = sorted(jobs, key=lambda job: ("attention" in job[0], "linear" in job[0]), reverse=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=context) as pool:
+        futures = {pool.submit(_audit_job, *job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.exception() or future.result()  # type: ignore[misc]
+
+
+def _audit_job(op: str, arch: str) -> list[Audited]:
+    torch.set_num_threads(1)
+    return list(audit_op(all_specs()[op], arch))
 
 
 def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dtype, Launch]]:
@@ -196,7 +208,7 @@ def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dty
     for case in spec.bench_cases + spec.cases:
         real = case in spec.bench_cases
         half = [torch.bfloat16] + [torch.float16] * real
-        for dtype in (*half, torch.float32):
+        for dtype in (*half, *({torch.float32} & {*spec.dtypes})):
             gradient = dtype != torch.float16
             for launch in record_launches(spec, case, dtype, arch, gradient=gradient):
                 if launch.key() not in seen:
@@ -214,19 +226,6 @@ def specs_with_kernels() -> dict[str, OpSpec]:
     }
 
 
-@contextlib.contextmanager
-def _recording(launches: list[Launch]) -> Iterator[None]:
-    from triton.runtime.jit import JITFunction
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-        launches.append(Launch(self, arguments, options))
-
-    with mock.patch.object(JITFunction, "run", record):
-        yield
-
-
 def record_launches(
     spec: OpSpec, case: Case, dtype: torch.dtype, arch: str, *, gradient: bool = False
 ) -> list[Launch]:
@@ -238,51 +237,87 @@ def record_launches(
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled")
-    launches: list[Launch] = []
-    with (
-        _device.emulate(arch),
-        _recording(launches),
-        mock.patch(f"{spec.op.__module__}.uses_triton", return_value=True),
-    ):
-        _call_launcher(spec, spec.inputs(case, dtype, device="meta"), gradient=gradient)
-    return launches
+    inputs = spec.inputs(case, dtype, seed=None)
+    with _device.emulate(arch), recorded() as found:
+        spec.op(**inputs)
+        floats = [
+            value.requires_grad_()
+            for value in inputs.values()
+            if gradient and isinstance(value, Tensor) and value.is_floating_point()
+        ]
+        if floats and not spec.inference:
+            y = spec.op(**inputs)
+            torch.autograd.grad(y, floats, torch.empty_like(y), allow_unused=True)
+    return [
+        Launch(
+            prepared.kernel, arguments,
+            {"num_warps": prepared.tile.num_warps, "num_stages": prepared.tile.num_stages}, arch,
+        )
+        for prepared, arguments in found
+    ]  # fmt: skip
 
 
-def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile for `arch`, one of `ARCHITECTURES`, and read the result."""
+def use_target(arch: str) -> None:
+    """Let Triton compile for `arch`, one of `ARCHITECTURES`, without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if launch.is_constant(parameter):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        signature[parameter.name] = _type_name(value)
-        if launch.is_aligned(parameter):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    if arch.startswith("gfx"):
-        target = GPUTarget("hip", arch, 64)
-    else:
-        target = GPUTarget("cuda", int(arch[2:]), 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
-    ttgir = compiled.asm["ttgir"]
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[2:]), 32)
+    driver: Any = SimpleNamespace(
+        get_current_device=lambda: arch,  # by which kernels keep what they compiled
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
+    triton.runtime.driver.set_active(driver)
+
+
+def compile_launch(launch: Launch) -> Compiled:
+    """Compile for the launch's architecture, and read the result; or what was read before."""
+    import triton
+
+    of = (launch.key(), launch.arch, triton.__version__, Path(__file__).read_text())
+    kept = cache_folder() / "audit" / f"{hashlib.sha256(repr(of).encode()).hexdigest()}.json"
+    try:
+        return _from_json(json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError):  # nothing was kept, or it is no such record
+        compiled = _compile(launch)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(dataclasses.asdict(compiled)))
+        part.replace(kept)
+    except OSError:  # no such folder: the next audit compiles again
+        pass
+    return compiled
+
+
+def _from_json(record: dict[str, Any]) -> Compiled:
+    pairs: dict[str, Any] = {n: tuple(map(tuple, record[n])) for n in ("buffers", "boxes")}
+    return Compiled(**record | pairs)
+
+
+def _compile(launch: Launch) -> Compiled:
+    use_target(launch.arch)
+    kernel = launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
+    return read_compiled(launch.kernel.__name__, launch.arch, launch.opcode, kernel)
+
+
+def read_compiled(name: str, arch: str, opcode: str, kernel: Any) -> Compiled:
+    """What there is to know of a kernel that Triton compiled."""
+    ttgir = kernel.asm["ttgir"]
     common: dict[str, Any] = {
-        "kernel": launch.kernel.__name__,
+        "kernel": name,
         "arch": arch,
-        "num_warps": compiled.metadata.num_warps,
-        "shared": compiled.metadata.shared,
-        "buffers": buffer_depths(ttgir),
+        "num_warps": kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        # Gluon's rings are the source's own, whose accesses a simulation follows
+        "buffers": buffer_depths(ttgir) if "ttir" in kernel.asm else (),
         "boxes": tma_boxes(ttgir),
-        "warp_groups": warp_group_problems(compiled.asm["ttir"], ttgir),
-        "opcode": launch.opcode(arch),
+        "opcode": opcode,
     }
     if arch.startswith("gfx"):
-        code = compiled.asm["amdgcn"]
+        code = kernel.asm["amdgcn"]
         return Compiled(
             **common,
             registers=int(_find(r"\.vgpr_count:\s*(\d+)", code)),
@@ -291,8 +326,8 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
             loop_spills=int(_find(r"\.vgpr_spill_count:\s*(\d+)", code)),
             stores=len(re.findall(r"\b(?:global|buffer|flat)_(?:store|atomic)", code)),
         )
-    sass, usage = _disassemble(compiled.asm["cubin"])
-    matrix_ops, loop_spills = count_in_sass(sass, launch.opcode(arch))
+    sass, usage = _disassemble(kernel.asm["cubin"])
+    matrix_ops, loop_spills = count_in_sass(sass, opcode)
     return Compiled(
         **common,
         registers=int(_find(r"REG:(\d+)", usage)),
@@ -307,26 +342,17 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 def buffer_depths(ttgir: str) -> tuple[tuple[int, int], ...]:
     """How many buffers the two operands of each asynchronous product have, where a pipelined loop
     stages both through shared memory."""
-    found = []
-    first, *partitions = re.split(r"\n\s*partition\d+\(", ttgir)
     depth = {
         name: int(count)
         for name, count in re.findall(
-            r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", first
+            r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir
         )
     }
-    captured = re.search(r"ttg\.warp_specialize\(([^)]*)\)", first)
-    for section in (first, *partitions):
-        # a view (one buffer of the ring, transposed perhaps) stands for the ring it came from, and
-        # an argument of a group of warps for what the group was given
-        views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", section))
-        if section is not first and captured:
-            arguments = re.findall(r"(%\w+): ", section.split("num_warps(")[0])
-            views |= dict(zip(arguments, captured[1].split(", "), strict=True))
-        products = re.findall(r"ttng\.(?:warp_group_dot|tc_gen5_mma) (%\w+), (%\w+),", section)
-        pairs = [tuple(depth.get(_origin(name, views)) for name in pair) for pair in products]
-        found += [pair for pair in pairs if None not in pair]
-    return tuple(found)
+    # a view (one buffer of the ring, transposed perhaps) stands for the ring it came from
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+    products = re.findall(r"ttng\.(?:warp_group_dot|tc_gen5_mma) (%\w+), (%\w+),", ttgir)
+    pairs = ((depth.get(_origin(a, views)), depth.get(_origin(b, views))) for a, b in products)
+    return tuple((a, b) for a, b in pairs if a is not None and b is not None)
 
 
 def _origin(name: str, views: dict[str, str]) -> str:
@@ -350,22 +376,6 @@ def _product(shape: str) -> int:
     return math.prod(int(size) for size in shape.split("x"))
 
 
-def warp_group_problems(ttir: str, ttgir: str) -> tuple[str, ...]:
-    """What is wrong with the groups of warps of a kernel whose source asks for specialisation."""
-    if "tt.warp_specialize" not in ttir:
-        return ()
-    if "ttg.warp_specialize(" not in ttgir:
-        return ("warp specialisation had no effect",)
-    plain = re.sub(r"\bloc\(.*|async_task_id = array<i32: \d+>,? ?|[#%][\w#:]+", "", ttgir)
-    bodies = [
-        body.split("ttg.warp_return")[0].partition("\n")[2]  # without the header
-        for body in re.split(r"\n\s*partition\d+\(", plain)[1:]
-    ]
-    if any("warp_group_dot" in body and bodies.count(body) > 1 for body in bodies):
-        return ("two groups of warps do the same work",)
-    return ()
-
-
 def count_in_sass(sass: str, opcode: str) -> tuple[int, int]:
     """Matrix instructions in all, and spills (LDL, STL) inside loops.
 
@@ -386,34 +396,6 @@ def count_in_sass(sass: str, opcode: str) -> tuple[int, int]:
     return sum(bool(re.search(rf"\b{opcode}\b", text)) for _, text in lines), len(in_loops)
 
 
-def _call_launcher(spec: OpSpec, inputs: dict[str, Any], *, gradient: bool) -> None:
-    """The public function, down to the launchers and past the checks of the dispatcher."""
-
-    def call(op: Op, *args: Any) -> Any:
-        y = op.launch(*args)
-        if gradient and op.gradient is not None:
-            _launch_gradient(op, op.gradient, y, args)
-        return y
-
-    with mock.patch.object(Op, "__call__", call):
-        spec.op(**inputs)
-
-
-def _launch_gradient(op: Op, gradient: Gradient, y: Tensor, args: tuple[Any, ...]) -> None:
-    """The training form and the backward of `op`, with every gradient wanted."""
-    if gradient.forward is not None:
-        y, *kept = gradient.forward(*args)
-    else:
-        kept = []
-    names = [argument.name for argument in op.overload._schema.arguments]
-    saved = tuple(
-        None if name in gradient.unsaved else arg for name, arg in zip(names, args, strict=True)
-    )
-    needs = [isinstance(arg, Tensor) and arg.is_floating_point() for arg in saved]
-    output = y if gradient.saves_output else None
-    gradient.backward(torch.empty_like(y), output, kept, saved, needs)
-
-
 def _has_product(kernel: Any) -> bool:
     from triton.runtime.jit import JITFunction
 
@@ -423,17 +405,7 @@ def _has_product(kernel: Any) -> bool:
         found.add(function)
         called = (function.__globals__.get(name) for name in function.fn.__code__.co_names)
         pending += [f for f in called if isinstance(f, JITFunction) and f not in found]
-    return any("tl.dot(" in function.src for function in found)
-
-
-def _type_name(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"*{_TYPE_NAMES[value.dtype]}"
-    if isinstance(value, int):
-        return "i32" if value < 2**31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    return f"tensordesc<{_TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+    return any(re.search(r"\b(tl\.dot|warpgroup_mma)\(", function.src) for function in found)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

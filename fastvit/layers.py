@@ -5,145 +5,60 @@ Shape legend: B batch, N tokens, D width, H heads, d head dimension.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import ops
-
-
-def is_active(module: nn.Module) -> bool:
-    """Whether a dropout or stochastic-depth module changes its input now."""
-    rate = getattr(module, "p", None)
-    if rate is None:
-        rate = getattr(module, "drop_prob", 0.0)
-    return module.training and bool(rate)
-
-
-def apply_norm(norm: Any, x: Tensor) -> Tensor:
-    """A LayerNorm's or RMSNorm's arithmetic on our kernel; any other norm as it is.
-
-    timm and torch each have an RMSNorm of their own, so that one goes by name.
-    """
-    if isinstance(norm, nn.LayerNorm):
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    if type(norm).__name__ in ("RMSNorm", "RmsNorm"):
-        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-        return ops.rms_norm(x, norm.weight, eps)
-    return norm(x)
-
-
-def fused_attention(attn: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Everything of a timm-named `attn` module before its output projection.
-
-    Args:
-        attn: has ``qkv, q_norm, k_norm, norm, attn_drop, num_heads, head_dim``.
-        x: [B, N, D], normalised.
-        attn_mask: as in `ops.attention`, broadcasts to [B, H, N, N].
-
-    Returns:
-        [B, N, H*d].
-    """
-    return attend(attn, ops.linear(x, attn.qkv.weight, attn.qkv.bias), attn_mask)
-
-
-def attend(attn: Any, qkv: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """What `fused_attention` does after its first linear: [B, N, 3*H*d] to [B, N, H*d]."""
-    dropout_p = attn.attn_drop.p if attn.training else 0.0
-    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
-        out = ops.attention_qkv(qkv, attn.num_heads, attn_mask, dropout_p)
-    else:
-        b, n, _ = qkv.shape
-        q, k, v = qkv.view(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = apply_norm(attn.q_norm, q), apply_norm(attn.k_norm, k)
-        out = ops.attention(q, k, v, attn_mask, dropout_p).transpose(1, 2).flatten(2)
-    return apply_norm(attn.norm, out)
+from fastvit.obstacles import Obstacle, global_hook, layer_obstacle, module_obstacle
+from fastvit.parts import (
+    Parts,
+    activation_name,
+    drop_or_none,
+    is_active,
+    layer_or_none,
+    run,
+    scale_of,
+)
 
 
 def fused_block(block: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """A pre-norm encoder block (ViT paper, equations 2 and 3) on our kernels.
-
-    LayerScale, stochastic depth and the residual sum ride in the last linear of each half, and the
-    backward computes norms and activations again; where dropout is active before the sum, that half
-    runs its tail unfused, in timm's order.
+    """A block of timm's names, `has_plain_layers`, by `parts.run`.
 
     Args:
-        block: a module tree with timm's names: ``norm1, attn, ls1, drop_path1, norm2, mlp, ls2,
-            drop_path2``. Used for our own `Block` and for timm's.
+        block: has ``norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2``.
         x: [B, N, D].
         attn_mask: as in `ops.attention`.
 
     Returns:
         [B, N, D].
     """
-    attn, mlp = block.attn, block.mlp
-    out = attend(attn, norm_linear(block.norm1, x, attn.qkv), attn_mask)
-    if is_active(attn.proj_drop):
-        out = attn.proj_drop(ops.linear(out, attn.proj.weight, attn.proj.bias))
-        x = x + block.drop_path1(block.ls1(out))
-    else:
-        x = ops.linear(
-            out, attn.proj.weight, attn.proj.bias, scale=getattr(block.ls1, "gamma", None),
-            residual=x, row_scale=drop_path_scale(block.drop_path1, x),
-        )  # fmt: skip
+    return run(parts_of(block), x, attn_mask)
 
-    activation = activation_name(mlp.act)
-    if is_active(mlp.drop1) or not isinstance(mlp.norm, nn.Identity):
-        h = ops.linear(
-            apply_norm(block.norm2, x), mlp.fc1.weight, mlp.fc1.bias, activation=activation
-        )
-        h = apply_norm(mlp.norm, mlp.drop1(h))
-        h = mlp.drop2(ops.linear(h, mlp.fc2.weight, mlp.fc2.bias))
-        return x + block.drop_path2(block.ls2(h))
-    h, norm = norm_in_front(block.norm2, x)
-    fused = functools.partial(
-        ops.mlp, h, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-        activation=activation, **norm,
-    )  # fmt: skip
-    if is_active(mlp.drop2):
-        return x + block.drop_path2(block.ls2(mlp.drop2(fused())))
-    return fused(
-        scale=getattr(block.ls2, "gamma", None), residual=x,
-        row_scale=drop_path_scale(block.drop_path2, x),
+
+def parts_of(block: Any) -> Parts:
+    """The parts of a block of timm's names."""
+    layers = block._modules  # which costs no Python call, as an attribute does
+    attn, mlp = layers["attn"], layers["mlp"]
+    in_attn, in_mlp = attn._modules, mlp._modules
+    return Parts(
+        layers["norm1"], attn, (in_attn["qkv"],), attn.num_heads, in_attn["proj"],
+        layers["norm2"], in_mlp["fc1"], activation_name(in_mlp["act"]), in_mlp["fc2"],
+        q_norm=layer_or_none(in_attn["q_norm"]), k_norm=layer_or_none(in_attn["k_norm"]),
+        dropout=in_attn["attn_drop"].p, out_norm=layer_or_none(in_attn["norm"]),
+        drop1=drop_or_none(in_attn["proj_drop"]), scale1=scale_of(layers["ls1"]),
+        drop_path1=drop_or_none(layers["drop_path1"]),
+        hidden_drop=drop_or_none(in_mlp["drop1"]), hidden_norm=layer_or_none(in_mlp["norm"]),
+        drop2=drop_or_none(in_mlp["drop2"]), scale2=scale_of(layers["ls2"]),
+        drop_path2=drop_or_none(layers["drop_path2"]),
     )  # fmt: skip
 
 
-def norm_linear(norm: nn.Module, x: Tensor, linear: nn.Linear) -> Tensor:
-    """A linear behind a norm; behind a LayerNorm in one op, which keeps x only."""
-    if isinstance(norm, nn.LayerNorm):
-        return ops.norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps)
-    return ops.linear(apply_norm(norm, x), linear.weight, linear.bias)
-
-
-def norm_in_front(norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What `ops.mlp` takes in the place of a norm: its input and options."""
-    if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
-        return x, {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-    return apply_norm(norm, x), {}
-
-
-def drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """Stochastic depth as a factor for each token of x [B, N, D], [B, N]: one for each sample,
-    drawn by the module itself. None where it is inactive."""
-    if not is_active(drop_path):
-        return None
-    return drop_path(x.new_ones(x.shape[0], 1)).expand(x.shape[:-1])
-
-
-def activation_name(act: nn.Module) -> str | None:
-    """The name in `ops.ACTIVATIONS` of what an activation module computes, or None.
-
-    Goes by class name, since timm, transformers and torch each have classes of their own.
-    """
-    kind = type(act).__name__
-    if kind == "GELU":
-        return "gelu" if getattr(act, "approximate", "none") == "none" else "gelu_tanh"
-    names = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
-    return names.get(kind)
+def has_plain_layers(module: nn.Module) -> bool:
+    """`is_plain` of all that `module` consists of."""
+    return is_plain(*module._modules.values())
 
 
 def is_plain(*modules: nn.Module | None) -> bool:
@@ -152,30 +67,18 @@ def is_plain(*modules: nn.Module | None) -> bool:
 
     Only then may an op read a layer's weights without calling the layer.
     """
-    return not _has_any_global_hook() and all(map(_is_plain, modules))
+    return obstacle_in(*modules) is None
 
 
-def _is_plain(module: nn.Module | None) -> bool:
-    if module is None:
-        return True
-    state = module.__dict__  # this runs for every layer in every forward
-    if (
-        type(module) not in _KNOWN
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    ):
-        return False
-    weight = state["_parameters"].get("weight")
-    if type(weight) not in _PLAIN_WEIGHTS and not torch.compiler.is_exporting():
-        return False  # exporting puts fake tensors in their place
-    for name, child in state["_modules"].items():
-        # a relative position bias is always called as a module
-        if name != "rel_pos" and not _is_plain(child):
-            return False
-    return True
+def obstacle_in(*modules: nn.Module | None) -> Obstacle | None:
+    """Why some of `modules` are not `is_plain`."""
+    for module in modules:
+        if module is None:
+            continue
+        found = module_obstacle(module, wanted(module, "", type(module)))
+        if (found := found or layer_obstacle(module, wanted)) is not None:
+            return found
+    return global_hook()
 
 
 class LayerNorm(nn.LayerNorm):
@@ -460,8 +363,12 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-_KNOWN = {
+_KNOWN = frozenset({
     nn.Conv2d, nn.Linear, nn.Identity, nn.Dropout, nn.GELU, nn.SiLU, nn.ReLU,
     QuickGELU, LayerNorm, LayerScale, DropPath, Mlp, Attention, PatchEmbed,
-}  # fmt: skip
-_PLAIN_WEIGHTS = {nn.Parameter, Tensor, type(None)}
+})  # fmt: skip
+
+
+def wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    """As `obstacles.layer_obstacle` asks."""
+    return None if kind in _KNOWN else "one of fastvit's layers"

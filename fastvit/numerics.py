@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fastvit.kernels._spec import Case, OpSpec
 
 ALLOWED_RATIO = 2.0
-DRAWS = 4  # over which `compare_case` pools what fails in the first
 
 # a decorator: cuDNN's convolutions would take TF32 in float32, three digits less than a linear has,
 # and timm's patch embedding with them
@@ -141,38 +140,9 @@ def compare_case(
     seed: int = 0,
     backward: bool = False,
 ) -> Report:
-    """`compare` an op with its reference on a case, drawn from `seed`.
-
-    The worst of a few dozen roundings is itself a matter of chance: of two equally good paths, one
-    is now and then twice as far off in one draw. So a draw that fails is followed by three more,
-    and the verdict is on the errors over all four, of ours and of eager alike.
-    """
-    pooled: list[Report] = []
-    for draw in range(DRAWS):
-        inputs = spec.inputs(case, dtype, device, seed + draw)
-        pooled.append(compare(spec.op, spec.reference, inputs, backward=backward, seed=seed + draw))
-        if draw == 0 and pooled[0].passed:
-            return pooled[0]
-    return Report(tuple(_pool(rows) for rows in zip(*(r.rows for r in pooled), strict=True)))
-
-
-def _pool(rows: Sequence[Row]) -> Row:
-    """The errors of one tensor over several draws of equal size; NaN stays NaN."""
-
-    def worst(values: list[float]) -> float:
-        return max(values, key=lambda value: math.inf if math.isnan(value) else value)
-
-    def mean_square(values: list[float]) -> float:
-        return math.sqrt(sum(value * value for value in values) / len(values))
-
-    return Row(
-        rows[0].name,
-        max_error=worst([row.max_error for row in rows]),
-        rms_error=mean_square([row.rms_error for row in rows]),
-        eager_max_error=worst([row.eager_max_error for row in rows]),
-        eager_rms_error=mean_square([row.eager_rms_error for row in rows]),
-        ulp=max(row.ulp for row in rows),
-    )
+    """`compare` an op with its reference on a case, drawn from `seed`."""
+    inputs = spec.inputs(case, dtype, device, seed)
+    return compare(spec.op, spec.reference, inputs, backward=backward, seed=seed)
 
 
 def measure(name: str, ours: Tensor, truth: Tensor, eager: Tensor) -> Row:

@@ -1,8 +1,7 @@
 """The functional interface: differentiable ops, Triton on a GPU, plain PyTorch on a CPU."""
 
-from fastvit.kernels._library import backend, set_backend
-from fastvit.kernels.attention.op import attention, attention_qkv
-from fastvit.kernels.attention.packed import attention_packed
+from fastvit.kernels._backend import backend, set_backend
+from fastvit.kernels.attention.op import attention, attention_packed, attention_qkv
 from fastvit.kernels.layer_norm.op import layer_norm, rms_norm
 from fastvit.kernels.linear.op import linear
 from fastvit.kernels.linear.reference import ACTIVATIONS

@@ -101,6 +101,13 @@ class ViTConfig:
         check_choice("pos_embed", self.pos_embed, POS_EMBEDS)
         check_choice("head", self.head, HEADS)
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
+        for name in ("in_chans", "embed_dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not positive")
+        if self.depth < 0:
+            raise ValueError(f"depth={self.depth} is negative")
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves the MLPs no hidden width")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool='token' needs class_token=True")
         if self.pos_embed == "2d" and self.embed_dim % 2:
@@ -238,6 +245,23 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {  # pattern: what differs from the rule
 }
 
 
+CROPS = {  # patterns, of which the first that fits counts: share of the side that timm keeps
+    "vit_so400m_patch14_siglip_gap_[48]*": 1.0,
+    "*_siglip_* vit_base_patch32_clip_quickgelu_*": 0.9,
+    "vit_medium_patch16_gap_384": 0.95,
+    "*_384 *_448 *_dinov2 *_tipsv2 *_clip_quickgelu_* *_plus_clip_* *_patch14_clip_*": 1.0,
+    "vit_base_patch32_clip_256": 1.0,
+    "vit_base_patch16_clip_224 *_plus_* vit_medium_patch16_gap_* vit_medium_patch16_reg*": 0.95,
+    "vit_betwixt_patch16_* vit_little_* vit_mediumd_* vit_wee_*": 0.95,
+    "*": 0.9,
+}
+SQUASHED = "vit_base_patch16_clip_384 *_clip_336 vit_gigantic_*_clip_378 vit_medium_patch16_gap_384"
+
+
+def _fits(name: str, patterns: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
 def _parse() -> dict[str, tuple[str, str, int | None, int | None]]:
     """name: stem, style, pixels, classes; None where the style or the default decides."""
     table = {}
@@ -267,8 +291,8 @@ def find_variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         name: one of `list_models`.
 
     Returns:
-        Options for `ViTConfig`; and the input they are for, in timm's notation: ``architecture,
-        num_classes, input_size, mean, std``.
+        Options for `ViTConfig`; and the input they are for, in timm's notation, as its
+        ``resolve_model_data_config`` reads it.
 
     Raises:
         ValueError: an unknown name, with the three nearest.
@@ -299,7 +323,14 @@ def find_variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "architecture": name,
         "num_classes": options["num_classes"],
         "input_size": (3, options["img_size"], options["img_size"]),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": next(crop for patterns, crop in CROPS.items() if _fits(name, patterns)),
+        "crop_mode": "squash" if _fits(name, SQUASHED) else "center",
         "mean": mean,
         "std": std,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
     }
     return options, cfg

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvit import ops
+from fastvit import _seen, ops
 from fastvit.layers import (
     ACT_LAYERS,
     Attention,
@@ -25,19 +25,17 @@ from fastvit.layers import (
     PatchEmbed,
     causal_mask,
     fused_block,
+    has_plain_layers,
     is_plain,
     take_indices,
-    to_2tuple,
 )
 from fastvit.pos_embed import (
     RelPosBias,
     join_axes,
-    parameter_like,
-    resample_patch_embed,
     resample_pos_embed,
-    resize_positions,
 )
-from fastvit.variants import POOLS, ViTConfig, check_choice
+from fastvit.timm_methods import TimmMethods
+from fastvit.variants import ViTConfig, check_choice
 
 _POOL: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: x.mean(dim=1),
@@ -75,13 +73,13 @@ class Block(nn.Module):
 
         Where a layer has a hook or was replaced, every layer is called on its own.
         """
-        if is_plain(*self._modules.values()):
+        if _seen.keep(self, has_plain_layers):
             return fused_block(self, x, self.attn.add_rel_pos(attn_mask))
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TimmMethods):
     """Images to class scores or features.
 
     Args:
@@ -329,72 +327,3 @@ class VisionTransformer(nn.Module):
         return self.forward_intermediates(
             x, n, return_prefix_tokens, norm, False, output_fmt, True, attn_mask=attn_mask
         )
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone (beside 1-D ones)."""
-        embeddings = {"pos_embed", "pos_embed_x", "pos_embed_y", "cls_token", "reg_token"}
-        tables = {n for n, _ in self.named_parameters() if n.endswith("position_bias_table")}
-        return embeddings | tables
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only block inputs for the backward pass, and run each block again there."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
-    def reset_classifier(
-        self, num_classes: int, global_pool: str | None = None, *, zero_init: bool = False
-    ) -> None:
-        """A new linear head, in place of an MLP head too.
-
-        Args:
-            num_classes: 0 for no head.
-            global_pool: also change the pooling; norms stay where they are.
-            zero_init: start from zeros, as the paper fine-tunes (section 3.2), rather than from
-                PyTorch's default as timm does.
-
-        Raises:
-            ValueError: a pooling that the model has no parameters for.
-        """
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, POOLS)
-            if global_pool == "token" and not self.has_class_token:
-                raise ValueError("global_pool='token' needs a class token")
-            if global_pool == "map" and self.attn_pool is None:
-                raise ValueError("global_pool='map' cannot be added later: build the model with it")
-            self.attn_pool = self.attn_pool if global_pool == "map" else None
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.pre_logits = nn.Identity()
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.embed_dim, num_classes).to(next(self.parameters()))
-            if zero_init:
-                nn.init.zeros_(self.head.weight)
-                nn.init.zeros_(self.head.bias)
-        self.head.train(self.training)
-
-    def set_input_size(
-        self,
-        img_size: int | Sequence[int] | None = None,
-        patch_size: int | Sequence[int] | None = None,
-    ) -> None:
-        """Take images of another size from now on, or cut them into patches of another size.
-
-        Position embeddings and the patch projection are resampled.
-
-        Raises:
-            ValueError: the patch does not divide the image; the model is then as it was.
-        """
-        pe, old_grid = self.patch_embed, self.patch_embed.grid_size
-        new_img_size = pe.img_size if img_size is None else to_2tuple(img_size)
-        new_patch_size = pe.patch_size if patch_size is None else to_2tuple(patch_size)
-        pe.set_sizes(new_img_size, new_patch_size)
-        proj = pe.proj
-        if new_patch_size != proj.kernel_size:
-            weight = resample_patch_embed(proj.weight, new_patch_size)
-            proj.weight = parameter_like(proj.weight, weight)
-            proj.kernel_size = proj.stride = new_patch_size
-        resize_positions(self, old_grid)

@@ -7,8 +7,6 @@ e4m3 and reads its NaN as 480; here PyTorch converts. Tested bit by bit in
 `tests/test_interpreter.py`; kernels never import this.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -96,12 +94,23 @@ def _fp_to_fp(original: Any, cast_impl: Any) -> Any:
     return create_fp_to_fp
 
 
+def _chain(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """total + a b by multiply-adds of float32 one after another, as GPUs take exact ones: then a
+    product of other tiles, or transposed, has the same bits. BLAS gives it others."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(a.shape[1]):
+        total = (total + a[:, k, None] * b[k]).astype(np.float32)
+    return total
+
+
 def _dot(original: Any) -> Any:
     @functools.wraps(original)
     def create_dot(
         self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle,
         input_precision: Any, max_num_imprecise_acc: Any,
     ) -> TensorHandle:  # fmt: skip
+        if a.dtype.scalar == tl.float32:
+            return TensorHandle(_chain(a.data, b.data, d.data), d.dtype.scalar)
         # products of bfloat16 and e4m3 are exact in float32, which also holds the sum
         return original(self, _wide(a), _wide(b), d, input_precision, max_num_imprecise_acc)
 

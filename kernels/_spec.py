@@ -1,9 +1,7 @@
 """An op described once as data: tests, numerics and benchmarks all read this."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,13 +24,58 @@ class Case:
     make: Callable[[Draw], dict[str, Any]]
 
 
+def drawn(name: str, sizes: dict[str, int], options: dict[str, Any], **shapes: str) -> Case:
+    """A case of normal tensors and `options`: ``x="MK"`` is a tensor of `sizes` M and K,
+    ``weight="NK/K"`` is divided by the square root of K, "" stands for None."""
+
+    def make(draw: Draw) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        for argument, shape in shapes.items():
+            letters, _, fan_in = shape.partition("/")
+            std = sizes[fan_in] ** -0.5 if fan_in else 1.0
+            dims = (sizes[letter] for letter in letters)
+            inputs[argument] = draw(*dims, std=std) if letters else None
+        return inputs | options
+
+    return Case(name, sizes, make)
+
+
+def changed(case: Case, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Case:
+    """`case` with other values of those inputs that `change` gives."""
+
+    def make(draw: Draw) -> dict[str, Any]:
+        inputs = case.make(draw)
+        return inputs | change(inputs)
+
+    return replace(case, make=make)
+
+
+def shifted(case: Case) -> Case:
+    """`case` with the mean of x far from zero."""
+    return changed(case, lambda inputs: {"x": inputs["x"] + 30.0})
+
+
+def vit_b(case: Callable[..., Case], *sizes: Any, **options: Any) -> tuple[Case, ...]:
+    """`case` of ViT-B's rows at batch 1 and 256."""
+    return tuple(case(f"ViT-B, batch {b}", 197 * b, *sizes, **options) for b in (1, 256))
+
+
+def no_flops(sizes: dict[str, int]) -> int:
+    """As PyTorch's counter: only products of matrices count."""
+    return 0
+
+
+def product_flops(sizes: dict[str, int]) -> int:
+    """Of one product [M, K] by [K, N]."""
+    return 2 * sizes["M"] * sizes["K"] * sizes["N"]
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """What there is to know about an op.
 
     Args:
-        name: the noun used in every room: folder, function, test file, benchmark case.
-        op: the public function.
+        name, op: in tests, the certificate and benchmarks; the public function.
         reference: plain PyTorch, any float dtype, same keyword arguments; in float64 it is truth,
             in the tested dtype the yardstick.
         cases: small and odd shapes for tests and the certificate.
@@ -56,30 +99,16 @@ class OpSpec:
     fp8: bool = False
 
     def inputs(
-        self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+        self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int | None = 0
     ) -> dict[str, Any]:
         """Keyword arguments of `case`: one seed gives the same values, rounded, in every dtype.
-        On the meta device they have shapes only."""
-        meta = device == "meta"
-        generator = None if meta else torch.Generator(device).manual_seed(seed)
+        With None they are left unwritten, and take no memory."""
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-            if meta:
+            if generator is None:
                 return torch.empty(shape, dtype=dtype, device=device)
             values = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
             return (values * std + mean).to(dtype)
 
         return case.make(draw)
-
-
-def all_specs() -> dict[str, OpSpec]:
-    """Every op's spec by name, in the order of a ViT's forward."""
-    from fastvit.kernels.attention.spec import SPECS as attention
-    from fastvit.kernels.layer_norm.spec import SPECS as layer_norm
-    from fastvit.kernels.linear.spec import SPECS as linear
-    from fastvit.kernels.mlp.spec import SPECS as mlp
-    from fastvit.kernels.norm_linear.spec import SPECS as norm_linear
-    from fastvit.kernels.patch_embed.spec import SPECS as patch_embed
-
-    specs = patch_embed + layer_norm + linear + norm_linear + attention + mlp
-    return {spec.name: spec for spec in specs}

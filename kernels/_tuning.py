@@ -5,8 +5,6 @@ then ``tuning/<op>/<arch>.json``), then a checked-in table (`kernels/<op>/tuning
 only), then a heuristic, so the first call never searches.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -20,16 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastvit.kernels._device import forget
+
 
 @dataclass(frozen=True)
 class TileConfig:
     """Tile sizes of one launch. Matmuls: rows, columns and depth of a tile; attention: queries
     and keys of a step; layer_norm: rows of a program (BLOCK_N is not read). `backend` is one of the
-    op's own (`kernels/linear/op.py` has several), "" for its portable one; `subtiles` the bands of
-    columns that linear's epilogue takes one after another; `persistent` how many programs
-    a multiprocessor keeps, each going through several tiles (TMA only; 0: a program a tile);
-    `split_k` the parts of linear's sum that are summed apart; `warp_specialize` gives loads to
-    warps of their own (``device_tma`` only)."""
+    op's own (linear has ``tma`` and ``cublas``), "" for plain pointers; `subtiles` the bands of
+    columns that linear's epilogue takes one after another."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -38,9 +35,6 @@ class TileConfig:
     num_stages: int = 2
     backend: str = ""
     subtiles: int = 1
-    persistent: int = 0
-    split_k: int = 1
-    warp_specialize: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -71,10 +65,12 @@ _observed: ContextVar[list[Query] | None] = ContextVar("observed", default=None)
 def forced(op: str, tile: TileConfig) -> Iterator[None]:
     """Give `tile` to every `lookup` of `op` in this thread: for tuning."""
     token = _forced.set((op, tile))
+    forget()
     try:
         yield
     finally:
         _forced.reset(token)
+        forget()
 
 
 @contextlib.contextmanager
@@ -82,6 +78,7 @@ def observed() -> Iterator[list[Query]]:
     """Collect what every `lookup` of this thread is asked."""
     queries: list[Query] = []
     token = _observed.set(queries)
+    forget()  # or nothing would be looked up
     try:
         yield queries
     finally:
@@ -150,10 +147,14 @@ def load_table(op: str, arch: str | None) -> list[dict[str, Any]]:
     return json.loads((table_folder(op) / f"{arch}.json").read_text())["rows"] if arch else []
 
 
+def cache_folder() -> Path:
+    """Where fastvit keeps what it found out on this machine."""
+    return Path(os.environ.get("FASTVIT_CACHE") or os.path.expanduser("~/.cache/fastvit"))
+
+
 def cache_path(op: str, arch: str) -> Path:
     """Where `fastvit tune` keeps what it measured for `op` on this machine's `arch`."""
-    folder = os.environ.get("FASTVIT_CACHE") or os.path.expanduser("~/.cache/fastvit")
-    return Path(folder) / "tuning" / op / f"{arch}.json"
+    return cache_folder() / "tuning" / op / f"{arch}.json"
 
 
 @functools.cache
@@ -187,8 +188,9 @@ def _check_row(row: dict[str, Any]) -> None:
 
 def reload() -> None:
     """Read tables and caches afresh, after `fastvit tune` has changed them."""
-    for cached in (_lookup, load_table, load_cache):
-        cached.cache_clear()
+    for keeps in (_lookup, load_table, load_cache):
+        keeps.cache_clear()
+    forget()
 
 
 def _heuristic(op: str, dtype: str, sizes: dict[str, int]) -> TileConfig:

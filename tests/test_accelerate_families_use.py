@@ -179,7 +179,7 @@ class Mine(nn.Linear):
 CHANGES = [
     (ROPE, lambda block: setattr(block.attn, "qkv", Doubled(block.attn.qkv)), "attn.qkv is"),
     (SPLIT, lambda block: setattr(block.mlp, "act", nn.Tanh()), "mlp.act is Tanh"),
-    (BEIT, lambda block: setattr(block.attn, "scale", 1.0), "attn.scale is 1.0, not"),
+    (BEIT, lambda block: setattr(block.attn, "scale", 1.0), None),  # which attention takes
     (BEIT, lambda block: setattr(block.attn, "gate", nn.Linear(2, 2)), "gate is Linear"),
     (RELPOS, lambda block: setattr(block, "norm1", nn.Identity()), "norm1 is Identity"),
     (THINGS, lambda block: setattr(block.attns[1], "ls", nn.Tanh()), "attns.1.ls is Tanh"),
@@ -199,8 +199,8 @@ def test_changes_after_accelerate_count(name, change, reason):
         ours = model(x)
         rows = [row for row in make_plan(model, find_parts(model)).rows if row.block]
         same(ours, restore(model)(x))
-    assert [row.fused for row in rows] == [False, True]
-    assert reason in str(rows[0].reason)
+    assert [row.fused for row in rows] == [reason is None, True]
+    assert reason is None or reason in str(rows[0].reason)
 
 
 # --------------------------------------------------------------------------- copies and compilers

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastvit
 from fastvit.accelerate import Plan, accelerate, explain, restore
 from fastvit.accelerate import plan as plans
-from fastvit.kernels import _library
+from fastvit.kernels import _backend
 
 # --------------------------------------------------------------------------- copies and compilers
 
@@ -215,8 +215,8 @@ def test_strict_names_every_module_and_changes_nothing():
 def test_strict_on_a_gpu_without_triton(monkeypatch):
     model = small(depth=1)
     monkeypatch.setattr(plans, "_device_type", lambda model: "cuda")
-    monkeypatch.setattr(_library, "gpu_problem", lambda: "triton is not installed")
-    with _library.backend("torch"), pytest.raises(RuntimeError, match="triton is not installed"):
+    monkeypatch.setattr(_backend, "gpu_problem", lambda: "triton is not installed")
+    with _backend.backend("torch"), pytest.raises(RuntimeError, match="triton is not installed"):
         accelerate(model, strict=True)
     assert type(model) is VisionTransformer
 

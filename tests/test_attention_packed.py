@@ -52,9 +52,9 @@ def test_odd_lengths(triton_path, lengths, path):
 def test_more_images_than_are_looked_at_at_once(triton_path, monkeypatch):
     import triton.language as tl
 
-    from fastvit.kernels.attention import kernel_parts
+    from fastvit.kernels.attention import kernel
 
-    monkeypatch.setattr(kernel_parts, "IMAGES_AT_ONCE", tl.constexpr(2))
+    monkeypatch.setattr(kernel, "IMAGES_AT_ONCE", tl.constexpr(2))
     check([1, 0, 20, 3, 64])
 
 
@@ -92,15 +92,27 @@ def test_work_is_exact_up_to_one_tile_an_image(triton_path, monkeypatch, lengths
 
 RECORD = """
 import json, torch
-from fastvit import audit
-from fastvit.kernels._spec import all_specs
-from fastvit.kernels.attention.spec import _packed_case
-spec = all_specs()["attention_packed"]
+from triton.backends.compiler import BaseBackend
+from triton.runtime.jit import create_function_from_signature
+from fastvit.launches import recorded
+from fastvit.kernels._register import OPS
+op = OPS["attention_packed"]
+
+def key(prepared, arguments):  # what Triton compiles a kernel anew for
+    kernel = prepared.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, BaseBackend)
+    return str((kernel.fn.__name__, binder(*arguments)[1], prepared.tile))
+
 keys = []
 for lengths in ([197, 65, 17], [64], [576] * 16, [5, 9]):
-    case = _packed_case("", lengths, 12, 64)
-    launches = audit.record_launches(spec, case, torch.half, "sm90", gradient=True)
-    keys.append(sorted({str(launch.key()) for launch in launches}))
+    qkv = torch.empty(sum(lengths), 3 * 12 * 64, dtype=torch.half, device="meta")
+    bounds = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    args = (qkv, *[None] * 5, bounds, 12, max(lengths), 0.125, False)
+    with recorded() as launches:
+        op.launch(*args)
+        out, statistics = op.launch(*args, keep=True)
+        op.gradient.backward(out, [out, statistics], args, [True] + [False] * 10)
+    keys.append(sorted({key(*launch) for launch in launches}))
 print(json.dumps(keys))
 """
 

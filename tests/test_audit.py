@@ -82,44 +82,6 @@ def test_the_audit_reaches_every_row_of_every_table():
     assert not unreached
 
 
-FORMS = """
-import json, sys
-from fastvit import audit
-from fastvit.kernels import _tuning
-spec = audit.specs_with_kernels()["linear"]
-tile = _tuning.TileConfig(**json.loads(sys.argv[1]))
-found = []
-with _tuning.forced("linear", tile):
-    for case, dtype, launch in audit.distinct_launches(spec, "sm90"):
-        forward = "backward" not in launch.kernel.fn.__module__  # which has tiles of its own
-        if forward and case in spec.bench_cases and str(dtype) == "torch.bfloat16":
-            compiled = audit.compile_launch(launch, "sm90")
-            problems = compiled.problems(tensor_cores=launch.multiplies)
-            found.append([compiled.kernel, compiled.num_warps, len(compiled.buffers), problems])
-print(json.dumps(found))
-"""
-FORM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_stages": 3, "subtiles": 2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", [
-    FORM | {"num_warps": 4, "backend": "device_tma", "persistent": 1, "warp_specialize": True},
-    FORM | {"num_warps": 8, "backend": "device_tma", "persistent": 1},
-    FORM | {"num_warps": 8, "backend": "tma", "persistent": 1},
-    FORM | {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "subtiles": 1, "split_k": 4},
-], ids=str)  # fmt: skip
-def test_forms_of_linear_that_a_search_may_choose(form):
-    """Those that may be in no table, with every epilogue of a ViT, on sm_90."""
-    found = json.loads(in_fresh_process(FORMS, json.dumps(form)))
-    assert len(found) > 2
-    for kernel, num_warps, products, problems in found:
-        assert problems == [], kernel
-        # warp specialisation adds two groups of four, and each multiplies
-        assert num_warps == (12 if form.get("warp_specialize") else form["num_warps"])
-        if form.get("warp_specialize"):
-            assert products == 2
-
-
 PLANT = """
 import torch, triton, triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -151,50 +113,25 @@ def shared_tile(x_ptr, w_ptr, y_ptr, K, SIZE: tl.constexpr, BLOCK_K: tl.constexp
     tl.store(y_ptr + i[:, None] * SIZE + i[None, :], acc + total[:, None])
 
 @triton.jit
-def product(x_desc, w_desc, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, K):
-    acc = tl.zeros((SIZE, SIZE), tl.float32)
-    for k in tl.range(0, K, BLOCK_K, warp_specialize=WARPS):
-        x = x_desc.load([0, k])
-        w = w_desc.load([0, k])
-        acc = tl.dot(x, w.T, acc)
-    return acc
-
-@triton.jit
-def warp_specialized(x_desc, w_desc, y_ptr, K, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    # descriptors made by the host, and a store through pointers
-    acc = product(x_desc, w_desc, SIZE, BLOCK_K, True, K)
-    i = tl.arange(0, SIZE)
-    tl.store(y_ptr + i[:, None] * SIZE + i[None, :], acc)
-
-@triton.jit
 def nothing(x_desc, w_desc, y_ptr, K, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
     # its product is not used
-    product(x_desc, w_desc, SIZE, BLOCK_K, False, K)
+    acc = tl.zeros((SIZE, SIZE), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        acc = tl.dot(x_desc.load([0, k]), w_desc.load([0, k]).T, acc)
 
-f32 = torch.empty(1, device="meta")
-b16 = torch.empty(1, device="meta", dtype=torch.bfloat16)
+f32 = torch.empty(1)
+b16 = torch.empty(1, dtype=torch.bfloat16)
+matrix = torch.empty(128, 768, dtype=torch.bfloat16)
+box = TensorDescriptor.from_tensor(matrix, [128, 64])
 
-def descriptors(size):
-    matrix = torch.empty(size, 768, device="meta", dtype=torch.bfloat16)
-    box = TensorDescriptor.from_tensor(matrix, [size, 64])
-    return {"x_desc": box, "w_desc": box, "y_ptr": f32, "K": 768, "SIZE": size, "BLOCK_K": 64}
-
-for kernel, arguments, options, arch in (
-    (spilling, {"x_ptr": f32, "y_ptr": f32, "n": 64, "SIZE": 64}, (1, 1), "sm90"),
-    (shared_tile, {"x_ptr": b16, "w_ptr": b16, "y_ptr": f32, "K": 768, "SIZE": 128,
-                   "BLOCK_K": 64}, (8, 3), "sm90"),
-    (warp_specialized, descriptors(128), (4, 3), "sm90"),
-    (warp_specialized, descriptors(64), (4, 3), "sm90"),
-    (warp_specialized, descriptors(128), (8, 3), "sm90"),
-    (nothing, descriptors(128), (4, 3), "sm100"),
+for kernel, arguments, (num_warps, num_stages), arch in (
+    (spilling, (f32, f32, 64, 64), (1, 1), "sm90"),
+    (shared_tile, (b16, b16, f32, 768, 128, 64), (8, 3), "sm90"),
+    (nothing, (box, box, f32, 768, 128, 64), (4, 3), "sm100"),
 ):
-    options = dict(zip(("num_warps", "num_stages"), options))
-    launch = audit.Launch(kernel, arguments, options)
-    try:
-        compiled = audit.compile_launch(launch, arch)
-        print(compiled.problems(tensor_cores=True))
-    except RuntimeError as error:
-        print(error)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    launch = audit.Launch(kernel, arguments, options, arch)
+    print(audit.compile_launch(launch).problems(tensor_cores=True))
 """
 
 
@@ -206,15 +143,10 @@ def planted_problems(path: Path, **env: str) -> list[str]:
 
 
 def check_planted(problems: list[str]) -> None:
-    spilling, shared_tile, boxes, same_work, no_effect, nothing = problems
+    spilling, shared_tile, nothing = problems
     assert "no HGMMA instruction" in spilling
     assert "spills in a loop" in spilling
     assert shared_tile == "['operands with unequal buffers [(2, 3)]']"
-    # 3.6 compiles it, 3.7 finds the error itself
-    assert boxes in ("['boxes that do not fit their memory [(8192, 4096)]']",
-                     "PassManager::run failed")  # fmt: skip
-    assert same_work == "['two groups of warps do the same work']"
-    assert no_effect == "['warp specialisation had no effect']"
     assert nothing == "['no UTCHMMA instruction', 'nothing is stored']"
 
 
@@ -223,8 +155,7 @@ def test_planted_bad_kernels_are_caught(tmp_path):
 
 
 def test_boxes_are_compared_with_the_memory_they_go_to():
-    """What triton 3.6 makes of `warp_specialized` above with 128 rows: two groups of warps get 64
-    of them each, from boxes of 128."""
+    """As triton 3.6 gave 64 rows to each of two groups of warps, from boxes of 128."""
     copy = """
         ttng.async_tma_copy_global_to_local %xd[%fr, %k] %49, %48, %true {{async_task_id = 0}} :
  !tt.tensordesc<tensor<{rows}x64xbf16, #shared>>, !ttg.memdesc<1xi64, #shared1, #smem, mutable>
@@ -245,23 +176,6 @@ def test_buffers_are_those_of_a_products_operands():
         %w_2 = ttg.memdesc_trans %w_1 {{order = array<i32: 1, 0>}} : !ttg.memdesc<...>
         %acc_1 = ttng.warp_group_dot %x_1, %w_2, %acc : ...
         %acc_2 = ttng.warp_group_dot %from_registers, %w_2, %acc : ...
-    """
-    assert buffer_depths(listing.format(x=3)) == ((3, 3),)
-    assert buffer_depths(listing.format(x=2)) == ((2, 3),)
-
-
-def test_buffers_that_were_given_to_a_group_of_warps():
-    listing = """
-        %x = ttg.local_alloc : () -> !ttg.memdesc<{x}x64x64xbf16, #shared, #smem, mutable>
-        %w = ttg.local_alloc : () -> !ttg.memdesc<3x128x64xbf16, #shared, #smem, mutable>
-        ttg.warp_specialize(%K, %x, %w) attributes {{requestedRegisters = array<i32: 232>}}
-        default {{
-        }}
-        partition0(%K_1: i32, %arg9: !ttg.memdesc<...> loc("f":29:0), %arg10: ...) num_warps(4) {{
-          %x_1 = ttg.memdesc_index %arg9[%i] : !ttg.memdesc<...>
-          %w_1 = ttg.memdesc_index %arg10[%i] : !ttg.memdesc<...>
-          %acc_1 = ttng.warp_group_dot %x_1, %w_1, %acc : ...
-        }}
     """
     assert buffer_depths(listing.format(x=3)) == ((3, 3),)
     assert buffer_depths(listing.format(x=2)) == ((2, 3),)
@@ -315,9 +229,7 @@ def test_triton_3_6_compiles_every_kernel(tmp_path):
     assert record["passed"]
     assert len(record["kernels"]) > 100
     paths = {name: env[name] for name in ("PYTHONPATH", "TRITON_CACHE_DIR")}
-    problems = planted_problems(tmp_path / "planted.py", **paths)
-    check_planted(problems)
-    assert "(8192, 4096)" in problems[2]
+    check_planted(planted_problems(tmp_path / "planted.py", **paths))
 
 
 def test_the_command_refuses_what_it_does_not_know():
@@ -339,3 +251,68 @@ def test_the_command_prints_a_table_and_its_verdict():
     )
     assert "sm90, rms_norm" in printed
     assert "compiled kernels are sound" in printed
+
+
+KEPT = """
+import sys
+from fastvit import audit
+from fastvit.kernels import _tuning
+spec = audit.specs_with_kernels()["rms_norm"]
+compiled = []
+compile_one = audit._compile
+audit._compile = lambda launch: compiled.append(launch) or compile_one(launch)
+launches = [launch for _, _, launch in audit.distinct_launches(spec, sys.argv[1])][:2]
+print([audit.compile_launch(launch) for launch in launches])
+print(len(compiled))
+"""
+
+
+def test_what_was_compiled_is_kept(tmp_path):
+    """By all that decides the machine code; a damaged record is none."""
+    kept = {"FASTVIT_CACHE": str(tmp_path)}
+    first, compiled = in_fresh_process(KEPT, "sm90", **kept).splitlines()
+    assert compiled == "2"
+    assert in_fresh_process(KEPT, "sm90", **kept).splitlines() == [first, "0"]
+    assert in_fresh_process(KEPT, "sm80", **kept).splitlines()[1] == "2"
+    records = sorted((tmp_path / "audit").iterdir())
+    assert len(records) == 4
+    for record in records:
+        record.write_text("{")
+    assert in_fresh_process(KEPT, "sm90", **kept).splitlines() == [first, "2"]
+
+
+ONE_KEY = """
+import torch
+from fastvit import audit
+from fastvit.kernels import _device
+from fastvit.launches import recorded
+from fastvit.kernels.specs import all_specs
+
+keys, several = {}, []
+with _device.emulate("sm90"), recorded() as found:
+    for spec in all_specs().values():
+        for case in spec.cases:
+            for dtype in spec.dtypes:
+                inputs = spec.inputs(case, dtype, seed=None)
+                spec.op(**inputs)
+                if spec.inference:
+                    continue
+                floats = [v for v in inputs.values() if isinstance(v, torch.Tensor)]
+                floats = [v.requires_grad_() for v in floats if v.is_floating_point()]
+                for wanted in (floats, floats[:1], floats[-1:]):
+                    y = spec.op(**inputs)
+                    torch.autograd.grad(y, wanted, torch.empty_like(y), allow_unused=True)
+for prepared, arguments in found:
+    options = {"num_warps": prepared.tile.num_warps, "num_stages": prepared.tile.num_stages}
+    key = audit.Launch(prepared.kernel, arguments, options, "sm90").key()
+    if keys.setdefault(prepared, key) != key:
+        several.append(prepared.kernel.__name__)
+print(len(found), len(keys), several)
+"""
+
+
+def test_a_prepared_launch_is_one_compiled_kernel():
+    """Else it would launch what was compiled for other operands."""
+    launches, prepared, *several = in_fresh_process(ONE_KEY).split()
+    assert int(launches) > int(prepared) > 100
+    assert several == ["[]"]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from fastvit import VisionTransformer, numerics
 from fastvit.bench import models, ops, report, timing
 from fastvit.cli.main import app
-from fastvit.kernels import _spec
+from fastvit.kernels import _spec, specs
 
 CPU = torch.device("cpu")
 
@@ -171,7 +171,7 @@ def test_a_gpu_is_timed_by_events_around_the_call_alone(monkeypatch: pytest.Monk
 
 def small_spec(**changes: Any) -> _spec.OpSpec:
     """layer_norm, whose benchmark is one of its test cases."""
-    spec = _spec.all_specs()["layer_norm"]
+    spec = specs.all_specs()["layer_norm"]
     case = next(case for case in spec.cases if case.name == "odd width")
     return dataclasses.replace(spec, bench_cases=(case,), **changes)
 
@@ -208,7 +208,7 @@ def test_a_cpu_leaves_large_cases_out_and_says_so():
     assert "too large for a CPU" in note
     assert all("batch 256" not in case.name for _, case in jobs)
     quick, _ = ops.plan(CPU, quick=True)
-    assert [spec.name for spec, _ in quick] == list(_spec.all_specs())
+    assert [spec.name for spec, _ in quick] == list(specs.all_specs())
     gpu, note = ops.plan(torch.device("cuda"), quick=False)
     assert len(gpu) > len(jobs)
     assert note is None
@@ -272,7 +272,7 @@ def test_convolutions_are_exact_where_errors_and_speeds_are_taken(monkeypatch: p
 
 
 def test_cublas_alone_is_shown_beside_linear_and_no_peer_where_linear_does_more():
-    spec = _spec.all_specs()["linear"]
+    spec = specs.all_specs()["linear"]
     cases = {case.name: case for case in spec.cases}
     for name, bounds in (
         ("one row", ()),
@@ -303,7 +303,7 @@ def test_our_other_forms_are_no_peers_either(clock: Clock):
 
 @pytest.mark.parametrize("op", ["attention", "attention_qkv", "layer_norm", "rms_norm"])
 def test_libraries_that_are_not_installed_are_named(op: str):
-    spec = _spec.all_specs()[op]
+    spec = specs.all_specs()[op]
     inputs = spec.inputs(spec.cases[0], torch.float32)
     jobs, missing = ops._contenders(spec, spec.op, inputs, torch.device("cuda"))
     libraries = {

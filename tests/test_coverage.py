@@ -10,8 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastvit
-from fastvit import coverage
-from fastvit.accelerate import common
+from fastvit import coverage, obstacles
 from fastvit.cli.main import app
 from fastvit.coverage import Covered, Library, cover, select
 
@@ -131,7 +130,7 @@ def test_what_raises_is_reported(monkeypatch):
 
 def test_blocks_left_are_counted_with_their_reason(monkeypatch):
     """A block of which no layer is known is left, and still gives the library's numbers."""
-    monkeypatch.setattr(common, "MAX_HEAD_DIM", 8)
+    monkeypatch.setattr(obstacles, "MAX_HEAD_DIM", 8)
     row = cover("torchvision", "vit_b_32")
     assert row.sound
     assert not row.fully_fused

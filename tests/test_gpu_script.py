@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastvit.bench import records
-from fastvit.kernels._spec import all_specs
+from fastvit.kernels.specs import all_specs
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 STEPS = (
     "environment", "numerics_linear", "numerics_attention", "numerics_other",
-    "numerics_inference", "parity", "tune",
+    "numerics_fp8", "parity", "tune",
     "models", "ops", "first_call", "training", "models_more",
 )  # fmt: skip
 

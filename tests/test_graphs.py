@@ -219,6 +219,23 @@ def test_changes_are_noticed(cuda: Cuda, change: Any):
     assert cuda.captures == (1 if change is own_forward else 2)
 
 
+@pytest.mark.parametrize("method", ["forward", "_pos_embed", "forward_head"])
+def test_a_method_replaced_after_the_capture_is_noticed(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    model = graphed()
+    x = images(model)
+    before = model(x)
+    kind = type(model.blocks[0].attn) if method == "forward" else type(model).fastvit_original
+    original = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda *args, **kwargs: 2 * original(*args, **kwargs))
+    ours = model(x)
+    assert error(ours, plain(model, x)) <= TOLERANCE
+    assert error(ours, before) > 0.01
+    monkeypatch.undo()
+    assert torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize("change", set(CHANGES) - {taller_positions})
 def test_what_is_not_noticed_would_be_stale(
     cuda: Cuda, change: Any, monkeypatch: pytest.MonkeyPatch

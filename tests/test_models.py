@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """`create_model` against timm, float32 on the CPU: the same names, parameters and numbers."""
 
 from typing import Any
@@ -5,12 +6,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.data import resolve_data_config
+from timm.optim import param_groups_layer_decay
 from torch import nn
 from vit_models import TINY, assert_close, differ, images, pair, tiny
 
 import fastvit
 from fastvit.layers import activation_name
-from fastvit.variants import find_variant
+from fastvit.models import create_model
+from fastvit.variants import find_variant, list_models
 
 TOKENS = 17  # of vit_tiny_patch16_224 at 64 pixels
 
@@ -230,3 +234,48 @@ def test_kernels_give_what_plain_pytorch_gives(options):
         ours = model(x)
         with fastvit.ops.backend("torch"):
             assert_close(ours, model(x))
+
+
+# --------------------------------------------------------------------------- timm's scripts
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_timm_reads_the_same_data_config(name):
+    found: Any = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    theirs = found.to_dict()
+    _, ours = find_variant(name)
+    assert resolve_data_config(pretrained_cfg=ours) == resolve_data_config(pretrained_cfg=theirs)
+    assert ours["classifier"] == theirs["classifier"]
+    assert ours["first_conv"] == theirs["first_conv"]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch32_clip_224"])
+def test_timm_gives_layers_the_same_learning_rates(name):
+    options: dict[str, Any] = {"depth": 3, "embed_dim": 64, "num_heads": 2}
+    ours, theirs = create_model(name, **options), timm.create_model(name, **options)
+
+    def scales(model):
+        groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.75)
+        names = {id(p): key for key, p in model.named_parameters()}
+        return {
+            names[id(p)]: (group["lr_scale"], group["weight_decay"])
+            for group in groups
+            for p in group["params"]
+        }
+
+    assert scales(ours) == scales(theirs)
+
+
+@pytest.mark.parametrize("indices", [1, [0, 1], [-2]])
+@pytest.mark.parametrize("prune_norm", [False, True])
+def test_pruned_as_timm_prunes(indices, prune_norm):
+    options: dict[str, Any] = {"depth": 4, "embed_dim": 64, "num_heads": 2}
+    ours = create_model("vit_tiny_patch16_224", **options).eval()
+    theirs: Any = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    taken = [m.prune_intermediate_layers(indices, prune_norm=prune_norm) for m in (ours, theirs)]
+    assert taken[0] == taken[1]
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)

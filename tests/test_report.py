@@ -174,6 +174,29 @@ def test_techniques_left_out_one_at_a_time():
     assert records.waterfall(timed | {"techniques": {}}) == ([], [])
 
 
+def test_a_set_with_a_technique_more_is_no_leave_one_out():
+    """Two techniques that exclude one another: the chain takes the faster, and the other's set,
+    which also lacks just one of the chain's, is not 'all without' that one."""
+    sets = {"ab": ["a", "b"], "ac": ["a", "c"], "abc": ["a", "b", "c"], "abd": ["a", "b", "d"]}
+    times = {"none": 9.0, "ab": 6.0, "ac": 8.0, "abc": 5.0, "abd": 4.0}
+    timed = result("model", "batch 1", times) | {"techniques": {"none": [], **sets}}
+    steps, left_out = records.waterfall(timed)
+    assert steps == [("none", "none"), ("a + b", "ab"), ("d", "abd")]
+    assert left_out == []
+    slow = result("model", "batch 1", times | {"abd": 7.0}) | {"techniques": timed["techniques"]}
+    steps, left_out = records.waterfall(slow)
+    assert steps[-1] == ("c", "abc")
+    assert left_out == [("b", "ac")]
+
+
+def test_every_contender_has_a_line_of_its_own():
+    ours = [f"fastvit {i}" for i in range(12)]
+    peers = [f"timm {i}" for i in range(12)]
+    styles = figures._styles([*peers, *ours])
+    assert len(set(styles.values())) == 24
+    assert {styles[name][0] for name in ours} == set(figures.OUR_COLORS)
+
+
 def test_a_contender_that_was_not_timed_is_no_step():
     timed = copy.deepcopy(gpu_record()["results"][0])
     timed["contenders"].pop("fastvit")
@@ -188,6 +211,47 @@ def test_nothing_to_draw_is_not_drawn(tmp_path: Path):
     for draw in (figures.latency, figures.roofline, figures.waterfall):
         assert draw(one, path) is False
     assert not path.exists()
+
+
+# --------------------------------------------------------------------------- the README's table
+
+ROOT = Path(__file__).parent.parent
+H200 = "benchmarks/results/nvidia-h200_202611_torch2.11.0"
+
+
+def test_the_record_of_the_h200_is_read():
+    (machine,), passed_over = records.read(ROOT / H200)
+    assert records.machine(machine) == "NVIDIA H200, torch 2.11.0+cu130"
+    assert machine["environment"]["git_commit"] == "75cf362"
+    assert {result["case"] for result in machine["results"]} == {"batch 1", "batch 256"}
+    assert not passed_over
+
+
+def test_the_readme_has_the_times_of_the_record():
+    readme = (ROOT / "README.md").read_text()
+    record = json.loads((ROOT / H200 / "models.json").read_text())
+    assert f"({H200}/models.json)" in readme
+    one, many = (
+        next(r["contenders"] for r in record["results"] if r["batch"] == b) for b in (1, 256)
+    )
+    lines = [line for line in readme.splitlines() if line.startswith(("| timm", "| fastvit"))]
+    gone = "folded norms"  # no longer in the package
+    names = {name for name in (*one, *many) if gone not in name} - {models.OWN_MODEL}
+    expected = set()
+    for name in names:
+        rate = f", {many[name]['images_per_s']:,.0f} images/s" if name in many else ""
+        cells = [report.seconds(found[name]["median"]) if name in found else "" for found in
+                 (one, many)]  # fmt: skip
+        expected.add(f"| {name} | {cells[0]} | {cells[1]}{rate} |")
+    assert set(lines) == expected
+
+
+def test_the_readme_has_the_verdicts_of_the_record():
+    readme = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / H200 / "numerics.json").read_text())["results"]
+    failed = [result for result in results if not result["passed"]]
+    assert {result["dtype"] for result in failed} == {"float32"}
+    assert f"{len(results) - len(failed)} of the certificate's {len(results)} cases pass" in readme
 
 
 # --------------------------------------------------------------------------- the floor

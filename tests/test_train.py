@@ -16,7 +16,7 @@ from torch import nn
 from train_models import assert_same, data, recipe, tiny, weights
 
 from fastvit import ops
-from fastvit.kernels import _library
+from fastvit.kernels import _register
 from fastvit.train import (
     Interrupted,
     Recipe,
@@ -384,8 +384,8 @@ def test_kernels_give_the_losses_of_plain_pytorch(request, monkeypatch):
     """Three steps through the Triton path in the interpreter."""
     plan, options = recipe(epochs=1, batch_size=2, ema=0, log_every=1), {"depth": 1}
     plain = fit(tiny(**options), data(6, 1), plan).history
-    ran, run = set(), _library._run_triton
-    monkeypatch.setattr(_library, "_run_triton", lambda name, *a: ran.add(name) or run(name, *a))
+    ran, run = set(), _register.run_triton
+    monkeypatch.setattr(_register, "run_triton", lambda name, *a: ran.add(name) or run(name, *a))
     request.getfixturevalue("triton_path")
     ours = fit(tiny(**options), data(6, 1), plan).history
     assert {"attention_qkv", "linear", "patch_embed"} <= ran

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,3 +318,68 @@ def test_embed_keeps_names_and_resumes(folder, tmp_path, trained, monkeypatch): 
     finally:
         (folder / "red" / "later.png").unlink()
     assert "changed" in grown.stderr
+
+
+def changed_class(root):
+    (root / "red").rename(root / "scarlet")
+    return "class 'red' is gone; class 'scarlet' is new"
+
+
+def another_class(root):
+    shutil.copytree(root / "red", root / "amber")
+    return "class 'amber' is new"
+
+
+def fewer_images(root):
+    (root / "red" / "1.jpg").unlink()
+    return "images, train"
+
+
+def other_names(root):
+    (root / "red" / "1.jpg").rename(root / "red" / "one.jpg")
+    return "images, train_files"
+
+
+@pytest.mark.parametrize("change", [changed_class, another_class, fewer_images, other_names])
+def test_resume_of_a_folder_that_has_changed_is_refused(folder, tmp_path, change):  # noqa: F811
+    """Labels are places in the folder's order: the same weights would mean other classes."""
+    root, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(folder, root)
+    arguments = [
+        "train", "--data", root, "--model", "vit_tiny_patch16_224", "--img-size", "16",
+        "--patch-size", "8", "--embed-dim", "32", "--depth", "1", "--num-heads", "2", "--epochs",
+        "1", "--batch-size", "8", "--randaugment", "0", "--out", out,
+    ]  # fmt: skip
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert run(*arguments, "--resume").exit_code == 0
+    said = change(root)
+    for again in (run(*arguments, "--resume"), run("train", "--resume", "--out", out)):
+        assert again.exit_code == 1
+        assert said in " ".join(again.stderr.split())
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", ""])
+@pytest.mark.parametrize("command", [["train", "--resume", "--out"], ["eval"]], ids=str)
+def test_a_damaged_config_is_named(tmp_path, damaged, command):
+    (tmp_path / "config.json").write_text(damaged)
+    done = run(*command, tmp_path)
+    assert done.exit_code == 1
+    assert "config.json is damaged" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--mlp-ratio", "-2"), ("--mlp-ratio", "0"), ("--num-heads", "0"), ("--embed-dim", "-8"),
+     ("--depth", "-1")],
+)  # fmt: skip
+def test_sizes_that_are_no_sizes_are_named(tmp_path, option, value):
+    done = run("train", *SMALL, option, value, "--out", tmp_path / "run")
+    assert done.exit_code in (1, 2)
+    assert value in done.stderr or option in done.stderr  # typer names the option
+    assert "Traceback" not in done.output
+
+
+def test_help_names_options_that_there_are():
+    printed = run("pretrain", "--help").stdout
+    assert "finetune OUT" in " ".join(printed.split())

@@ -348,7 +348,7 @@ def test_copies_pickles_and_saved_models(tmp_path):
         model.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path)
     assert (
-        type(loaded.dinov2.encoder.layer[0]) is fast.ORIGINAL[type(model.dinov2.encoder.layer[0])]
+        type(loaded.dinov2.encoder.layer[0]) is type(model.dinov2.encoder.layer[0]).fastvit_original
     )
     assert error(loaded(**inputs).logits, theirs) <= TOLERANCE
 
@@ -365,7 +365,7 @@ def test_a_pickle_loads_in_a_new_process(tmp_path):
         "print(type(model.vit.layers[0]).__name__, model(**inputs).logits.isfinite().all())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["FastViTLayer", "tensor(True)"], done.stderr
+    assert done.stdout.split() == ["ViTLayer", "tensor(True)"], done.stderr
 
 
 def test_gradient_checkpointing():
@@ -380,9 +380,9 @@ def test_gradient_checkpointing():
         nonlocal calls
         calls += 1
 
-    original = fast.FastLayer._fused
+    original = fast.FastLayer.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast.FastLayer, "_fused", lambda *args: (count(), original(*args))[1])
+        patch.setattr(fast.FastLayer, "run", lambda *args: (count(), original(*args))[1])
         model(**inputs).logits.square().mean().backward()
     assert calls == 4  # two layers, each run again in the backward
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):

@@ -11,7 +11,7 @@ from timm_models import TOLERANCE, error, reseed
 from fastvit import numerics
 from fastvit.accelerate import accelerate
 from fastvit.coverage_models import build_small
-from fastvit.kernels import _library
+from fastvit.kernels import _backend
 
 # grouped queries and rotary; relative bias; post-norm; differential and parallel
 QUICK = [
@@ -52,6 +52,6 @@ def test_padded_patches(triton_path):
     model, batch = build_small("naflexvit_so400m_patch16_siglip", seed=reseed())
     fast = accelerate(copy.deepcopy(model))
     with torch.no_grad():
-        with _library.backend("torch"):
+        with _backend.backend("torch"):
             theirs = model.forward_features(**batch)["patches"]
         assert error(fast.forward_features(**batch)["patches"], theirs) <= TOLERANCE

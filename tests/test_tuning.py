@@ -11,7 +11,7 @@ import torch
 from fastvit.kernels import _tuning
 from fastvit.kernels._device import architecture, emulate
 from fastvit.kernels._tuning import TileConfig, load_table, lookup, nearest_table, table_folder
-from fastvit.kernels.attention.forward import split_head_dim, tail_of
+from fastvit.kernels.attention.launch import split_head_dim, tail_of
 
 OPS = ("linear", "patch_embed", "attention", "attention_backward", "layer_norm")
 SHAPES = {
@@ -209,21 +209,21 @@ def test_emulated_architecture():
     assert architecture(cpu) == "sm90"
 
 
+@pytest.mark.parametrize("widest", [32, 512])
 @pytest.mark.parametrize("d", range(1, 257))
-def test_head_dim_parts_cover_with_least_padding(d):
-    parts = split_head_dim(d)
+def test_head_dim_parts_cover_with_least_padding(d, widest):
+    parts = split_head_dim(d, widest)
     covered, padded = sum(parts), max(16, 1 << (d - 1).bit_length())
     assert d <= covered <= padded
-    assert all(part == 0 or (part >= 16 and part & (part - 1) == 0) for part in parts)
-    assert parts[0] > 0
-    assert parts[1] > 0 or parts[2] == 0
+    assert all(16 <= part <= widest and part & (part - 1) == 0 for part in parts)
     # every part but the last lies wholly inside d: the kernel masks the last one only
-    assert covered - [part for part in parts if part][-1] < d
+    assert covered - parts[-1] < d
 
 
 def test_head_dims_of_known_models_are_split():
-    split = {72: (64, 16, 0), 80: (64, 16, 0), 88: (64, 32, 0), 104: (64, 32, 16)}
+    split = {64: [64], 72: [64, 16], 80: [64, 16], 88: [64, 32], 104: [64, 32, 16]}
     assert {d: split_head_dim(d) for d in split} == split
+    assert split_head_dim(104, 32) == [32, 32, 32, 16]  # exact float32 products
 
 
 @pytest.mark.parametrize("keys", [1, 15, 16, 17, 63, 64, 65, 80, 81, 197, 256, 577])

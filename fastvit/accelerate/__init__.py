@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fastvit.accelerate import inference
-from fastvit.accelerate.calibration import Calibration, calibrate, quantizable
-from fastvit.accelerate.common import AUTOCAST
-from fastvit.accelerate.find import find_parts, originals
+from fastvit import _seen
+from fastvit.accelerate import fp8
+from fastvit.accelerate.block import original_of
+from fastvit.accelerate.calibration import Calibration, calibrate, observe, quantizable
+from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.graphs import GRAPHS, Graphs
 from fastvit.accelerate.plan import (
     PRECISION,
@@ -24,8 +25,8 @@ from fastvit.accelerate.plan import (
     graphs_obstacle,
     make_plan,
 )
+from fastvit.kernels._backend import uses_triton
 from fastvit.kernels._device import fp8_problem
-from fastvit.kernels._library import uses_triton
 
 __all__ = [
     "Calibration",
@@ -48,7 +49,6 @@ def accelerate(
     *,
     precision: str = "keep",
     cuda_graphs: bool = False,
-    fold_norm: bool = False,
     calibration: Calibration | str | os.PathLike[str] | Tensor | Iterable[Tensor] | None = None,
     strict: bool = False,
 ) -> Model:
@@ -68,9 +68,9 @@ def accelerate(
         precision: ``keep`` for the model's own; ``bf16`` or ``fp16`` run every forward of timm's
             and torchvision's ViTs under autocast of that dtype, on the input's device, with the
             parameters as they are and results cast back to the input's dtype; ``fp8`` runs the
-            linears of timm's and fastvit's pre-norm blocks in e4m3, in eval mode without
-            gradients. It needs `calibration` and a GPU from sm_89 on (a CPU emulates it, slowly),
-            costs accuracy (``fastvit numerics --fp8`` measures how much), and keeps patch
+            linears of every library's pre-norm blocks in e4m3, in eval mode without gradients.
+            It needs `calibration` and a GPU from sm_89 on (a CPU emulates it, slowly), costs
+            accuracy (``fastvit numerics --fp8`` measures how much), and keeps patch
             embedding, norms, attention and head as they are and the residual stream in a half
             dtype.
         cuda_graphs: on a GPU, capture the forward of a whole ViT (of timm, torchvision or fastvit)
@@ -82,17 +82,12 @@ def accelerate(
             At most 8 graphs a model are kept; any thread and stream may call. Under a `precision`
             or autocast each replay casts the weights anew: for the least latency convert the
             model instead.
-        fold_norm: fold each LayerNorm of timm's and fastvit's pre-norm blocks into the linear
-            after it, in eval mode without gradients, where Triton runs. Off by default, since no
-            record shows yet what it gains; ``fastvit numerics --folded`` measures its error. Keeps
-            a second copy of half of the blocks' weights; with float32 parameters and ``bf16`` or
-            ``fp16`` of all, each rounded once, and the residual stream has that dtype too.
         calibration: for ``precision="fp8"``: what `calibrate` gave, the file that it was saved to,
             or images to call `calibrate` with.
         strict: raise where anything would fall back.
 
-    Folded and e4m3 weights are kept beside the model, in no state_dict, copy or pickle, and follow
-    its weights; a write through ``parameter.data`` alone goes unnoticed, so call `accelerate` again
+    E4m3 weights are kept beside the model, in no state_dict, copy or pickle, and follow its
+    weights; a write through ``parameter.data`` alone goes unnoticed, so call `accelerate` again
     after one. Under ``torch.compile`` and ``torch.export`` blocks run without them.
 
     Returns:
@@ -102,14 +97,14 @@ def accelerate(
         TypeError: `model` is not an nn.Module.
         ValueError: an unknown precision; a precision without a ViT of timm's to run so, or
             ``cuda_graphs=True`` without a ViT.
-        ValueError: ``precision="fp8"`` without `calibration`, or with one of another model;
-            ``fold_norm=True`` with ``fp8``; either without a block to use it.
+        ValueError: ``precision="fp8"`` without `calibration`, or with one of another model, or
+            without a block to use it.
         RuntimeError: ``precision="fp8"`` on a GPU without e4m3; with `strict`, naming each module
             that would fall back and why. `model` is then as it was, as after every other error.
     """
     parts = find_parts(model)
     _check_options(parts, precision, cuda_graphs)
-    forms = _make_forms(model, precision, fold_norm, calibration)
+    quantized = _quantize(model, parts, precision, calibration)
     plan = make_plan(model, parts)
     if strict:
         _check_strict(model, plan, cuda_graphs)
@@ -118,7 +113,7 @@ def accelerate(
         warnings.warn(f"fastvit.accelerate changed nothing: {reason}", RuntimeWarning, stacklevel=2)
     for part in parts:
         kind = part.graphed if cuda_graphs and part.graphed is not None else part.fast
-        kind = part.inference if part.module in forms else kind
+        kind = part.quantized if part.module in quantized else kind
         if kind is not None:
             part.module.__class__ = kind
         if part.row is None:
@@ -128,22 +123,19 @@ def accelerate(
             if cuda_graphs:
                 setattr(part.module, GRAPHS, Graphs())
     for module in model.modules():
-        inference.detach(module)
-    inference.attach(model, forms)
+        fp8.detach(module)
+    fp8.attach(model, quantized)
     return model
 
 
-def _make_forms(
-    model: nn.Module, precision: str, fold_norm: bool, calibration: Any
-) -> dict[nn.Module, inference.Form]:
-    """What each block is given for inference."""
-    if fold_norm and precision == "fp8":
-        raise ValueError("fold_norm=True and precision='fp8' exclude one another")
+def _quantize(
+    model: nn.Module, parts: list[Part], precision: str, calibration: Any
+) -> dict[nn.Module, fp8.Quantized]:
+    """What blocks are given for ``precision="fp8"``; nothing for any other."""
     if precision != "fp8":
         if calibration is not None:
             raise ValueError(f"calibration is for precision='fp8', not {precision!r}")
-        blocks = quantizable(model).values() if fold_norm else ()
-        return {block: inference.Folded(AUTOCAST.get(precision)) for block in blocks}
+        return {}
     if calibration is None:
         raise ValueError(
             "precision='fp8' needs calibration: images, what fastvit.calibrate(model, images) "
@@ -151,12 +143,13 @@ def _make_forms(
         )
     if (problem := _fp8_problem(model)) is not None:
         raise RuntimeError(f"precision='fp8' cannot run here: {problem}")
-    blocks = quantizable(model)
+    blocks = quantizable(model, parts)
     if isinstance(calibration, (str, os.PathLike)):
         calibration = Calibration.load(calibration)
     elif not isinstance(calibration, Calibration):
-        calibration = calibrate(model, calibration)
-    return {block: inference.Quantized(calibration.scales(name)) for name, block in blocks.items()}
+        calibration = observe(model, blocks, calibration)
+    scales = {part.module: calibration.scales(name) for name, part in blocks.items()}
+    return {block: fp8.Quantized(scale) for block, scale in scales.items()}
 
 
 def _fp8_problem(model: nn.Module) -> str | None:
@@ -179,12 +172,12 @@ def restore(model: Model) -> Model:
         TypeError: `model` is not an nn.Module.
     """
     check_module(model)
-    original = originals()
     for module in model.modules():
-        if type(module) in original:
-            module.__class__ = original[type(module)]
+        _seen.forget(module)
+        if original_of(type(module)) is not type(module):
+            module.__class__ = original_of(type(module))
             _forget_options(module)
-            inference.detach(module)
+            fp8.detach(module)
     return model
 
 

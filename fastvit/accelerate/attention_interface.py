@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit._compat import import_transformers
-from fastvit.accelerate.common import attention_maps
 
 import_transformers()  # before all else of transformers
 
@@ -78,6 +78,24 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), weights
     out = ops.attention(query, key, value, attention_mask, dropout, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def attention_maps(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`ops.attention` spelled out, for who wants to see its weights.
+
+    Returns:
+        [B, H, N, d] and the weights [B, H, N, M] (after dropout, as transformers gives them).
+    """
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = F.dropout(weights, dropout_p)
+    return weights @ v, weights
 
 
 def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvit.accelerate import fp8
 from fastvit.accelerate.find import find_parts
-from fastvit.accelerate.inference import LINEARS
-from fastvit.accelerate.plan import check_module
-from fastvit.kernels.layer_norm.inference import E4M3_MAX
+from fastvit.accelerate.fp8 import LINEARS
+from fastvit.accelerate.graphs import GRAPHS
+from fastvit.accelerate.plan import Part, check_module
+from fastvit.kernels.linear_fp8.op import E4M3_MAX
 
 FORMAT = "fastvit fp8 calibration 1"
 MARGIN = 1.5  # room for images with larger values than those seen; e4m3 loses no digits by it
@@ -85,7 +87,7 @@ def calibrate(
     was.
 
     Args:
-        model: with blocks of timm's `Block` or fastvit's; accelerated or not.
+        model: with pre-norm blocks of any library; accelerated or not.
         images: [B, C, H, W] as the model takes them, or several such batches.
         margin: at least 1.
 
@@ -99,62 +101,67 @@ def calibrate(
     check_module(model)
     if not 1 <= margin < math.inf:
         raise ValueError(f"margin {margin} is below 1 or not finite")
-    blocks = quantizable(model)
-    largest: dict[str, Tensor] = {}
+    return observe(model, quantizable(model, find_parts(model)), images, margin)
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found = args[0].detach().abs().amax().float()
-            largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
-        return hook
-
+def observe(
+    model: nn.Module,
+    blocks: dict[str, Part],
+    images: Tensor | Iterable[Tensor],
+    margin: float = MARGIN,
+) -> Calibration:
+    """As `calibrate`, of the `blocks` that `quantizable` gave for `model`."""
     modes = {module: module.training for module in model.modules()}
-    # a hook inside a block makes it call its layers one by one
-    handles = [
-        block.get_submodule(linear).register_forward_pre_hook(watch(f"{name}.{linear}".lstrip(".")))
-        for name, block in blocks.items()
-        for linear in LINEARS
-    ]
+    before = {part.module: _class_and_fp8(part.module) for part in blocks.values()}
+    watches = {name: fp8.Watch() for name in blocks}
+    # a graph would not let the watches look on
+    graphs = {m: m.__dict__.pop(GRAPHS) for m in model.modules() if GRAPHS in m.__dict__}
     count = 0
     try:
         model.eval()
+        for name, part in blocks.items():
+            part.module.__class__ = part.quantized  # pyright: ignore
+            setattr(part.module, fp8.QUANTIZED, watches[name])
         with torch.no_grad():
             for batch in [images] if isinstance(images, Tensor) else images:
                 count += len(batch)
                 model(batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        for block, (kind, quantized) in before.items():
+            block.__class__ = kind
+            block.__dict__.pop(fp8.QUANTIZED, None)
+            block.__dict__ |= quantized
+        for module, own in graphs.items():
+            setattr(module, GRAPHS, own)
         for module, training in modes.items():
             module.training = training
     if count == 0:
         raise ValueError("no images to calibrate with")
-    found = {name: float(value) for name, value in largest.items()}
+    found = {
+        f"{name}.{linear}".lstrip("."): float(value)
+        for name, watch in watches.items()
+        for linear, value in watch.largest.items()
+    }
     if bad := [name for name, value in found.items() if not math.isfinite(value)]:
         raise ValueError(f"inputs that are not finite: {', '.join(bad)}")
     return Calibration(found, count, margin)
 
 
-def quantizable(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that can have e4m3 linears, by name.
+def _class_and_fp8(block: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
+    state = block.__dict__
+    return type(block), {k: v for k, v in state.items() if k == fp8.QUANTIZED}
+
+
+def quantizable(model: nn.Module, parts: list[Part]) -> dict[str, Part]:
+    """Those of `parts`, which `find_parts` gave for `model`, that can have e4m3 linears, by name.
 
     Raises:
         ValueError: there is none.
     """
-    found = {
-        part.row.module: part.module
-        for part in find_parts(model)
-        if part.inference is not None and part.row is not None and has_layer_norms(part.module)
-    }
+    found = {part.row.module: part for part in parts if part.quantized is not None and part.row}
     if not found:
         raise ValueError(
-            f"no block in this {type(model).__name__} can be quantised or folded: that takes "
-            "timm's or fastvit's pre-norm Block with LayerNorms"
+            f"no block in this {type(model).__name__} can be quantised: that takes a pre-norm "
+            "block with LayerNorms"
         )
     return found
-
-
-def has_layer_norms(block: Any) -> bool:
-    """Whether both norms of a block are LayerNorms."""
-    return isinstance(block.norm1, nn.LayerNorm) and isinstance(block.norm2, nn.LayerNorm)

@@ -1,4 +1,4 @@
-"""Weights computed from a model's own (a norm folded in, e4m3), kept beside it and up to date.
+"""Weights computed from a model's own (e4m3), kept beside it and up to date.
 
 They are in no state_dict, no copy and no pickle. At every forward their sources are compared with
 what they were: other tensors or other memory make new derived weights; new values in the same

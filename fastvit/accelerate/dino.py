@@ -10,17 +10,24 @@ Shape legend: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import sys
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import nn
 
-from fastvit import layers, ops
-from fastvit.accelerate import common
-from fastvit.accelerate.common import GLOBAL_HOOK, Obstacle
+from fastvit.accelerate.block import (
+    FastBlock,
+    block_part,
+    fast_class,
+    library_class,
+    original_named,
+    original_of,
+)
 from fastvit.accelerate.plan import Part
+from fastvit.accelerate.single import find_single
+from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle, wanted_of
+from fastvit.parts import Parts, activation_name, drop_or_none, scale_of
 
 _DINO = "vision_transformer"  # the module's name in torch.hub's folder
 _LINEAR = frozenset({nn.Linear})
@@ -46,18 +53,35 @@ _FORWARDS = {  # arguments after self
 }
 
 
-def block_obstacle(block: Any) -> Obstacle | None:
-    """Why `block`, of a class that `_is_block` knows, runs its library's forward now."""
-    if _has_any_global_hook():
-        return GLOBAL_HOOK
-    kind = ORIGINAL.get(type(block), type(block))
-    found = common.layer_obstacle(block, _known_in(_package(kind)))
+def take_apart(block: Any) -> Parts | Obstacle:
+    """Of a class that `_is_block` knows."""
+    kind = library_class(block)
+    arguments = list(inspect.signature(kind.forward).parameters)[1:]
+    if arguments not in _FORWARDS[kind.__name__]:
+        return Obstacle(f"its forward takes {', '.join(arguments)}", lasting=True)
+    found = layer_obstacle(block, functools.partial(_wanted, _package(kind)))
     if found is not None:
         return found
-    missing = {"norm1", "attn", "norm2", "mlp"} - block._modules.keys()
+    layers = block._modules
+    missing = {"norm1", "attn", "norm2", "mlp"} - layers.keys()
     if missing:
         return Obstacle(f"{kind.__name__} has no {', '.join(sorted(missing))}", lasting=True)
-    return common.head_obstacle(block.attn.qkv.in_features // block.attn.num_heads)
+    attn, mlp = block.attn, block.mlp._modules
+    wide = head_obstacle(attn.qkv.in_features // attn.num_heads)
+    drop_paths = [layers.get(f"drop_path{i}", layers.get("drop_path")) for i in (1, 2)]
+    parts = Parts(
+        block.norm1, attn, (attn.qkv,), attn.num_heads, attn.proj, block.norm2, None, None, None,
+        scale=float(attn.scale), drop1=drop_or_none(attn.proj_drop),
+        scale1=scale_of(layers.get("ls1")), drop_path1=drop_or_none(drop_paths[0]),
+        scale2=scale_of(layers.get("ls2")), drop_path2=drop_or_none(drop_paths[1]),
+    )  # fmt: skip
+    if "w12" in mlp:
+        return wide or parts._replace(fc1=mlp["w12"], gate_half=0, activation="silu", fc2=mlp["w3"])
+    drop = drop_or_none(mlp["drop"])
+    return wide or parts._replace(
+        fc1=mlp["fc1"], activation=activation_name(mlp["act"]), fc2=mlp["fc2"],
+        hidden_drop=drop, drop2=drop,
+    )  # fmt: skip
 
 
 def _package(kind: type) -> str:
@@ -66,26 +90,24 @@ def _package(kind: type) -> str:
     return name if name == _DINO else name.removesuffix("block")
 
 
-def _known_in(package: str) -> Any:
-    def knows(name: str, kind: type) -> bool:
-        exact, own = _KINDS.get(name, _NOTHING)
-        return kind in exact or (kind.__module__.startswith(package) and kind.__name__ in own)
+def _wanted(package: str, parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    exact, own = _KINDS.get(name, _NOTHING)
+    if kind.__module__.startswith(package) and kind.__name__ in own:
+        return None
+    return wanted_of(exact, kind) and " or ".join([*own, *sorted(k.__name__ for k in exact)])
 
-    return knows
 
+class FastDinoBlock(FastBlock):
+    """The forward of every fast block."""
 
-class FastBlock(nn.Module):
-    """The forward of every fast block; each has the library's class beside it."""
-
-    original: ClassVar[Any]
+    take_apart = take_apart
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """[B, N, D] to [B, N, D]."""
-        block: Any = self
-        plain = isinstance(x, Tensor) and not args and not kwargs
-        if not plain or _drops(block) or block_obstacle(block) is not None:
-            return self.original.forward(self, x, *args, **kwargs)
-        return _fused(block, x)
+        parts = None if args or kwargs or _drops(self) else self.examine(x)
+        if parts is None:
+            return self.fastvit_original.forward(self, x, *args, **kwargs)
+        return self.run(parts, x)
 
 
 def _drops(block: Any) -> bool:
@@ -97,36 +119,7 @@ def _drops(block: Any) -> bool:
     return bool(rate or getattr(block, "sample_drop_ratio", 0.0))
 
 
-def _fused(block: Any, x: Tensor) -> Tensor:
-    attn, mlp = block.attn, block.mlp
-    qkv = ops.linear(layers.apply_norm(block.norm1, x), attn.qkv.weight, attn.qkv.bias)
-    out = ops.attention_qkv(qkv, attn.num_heads, None, 0.0, float(attn.scale))
-    x = common.add_branch(
-        x, out, attn.proj, dropout=attn.proj_drop, scale=_gamma(block, "ls1"),
-        drop_path=_drop_path(block, 1),
-    )  # fmt: skip
-    h = layers.apply_norm(block.norm2, x)
-    rest: dict[str, Any] = {"scale": _gamma(block, "ls2"), "drop_path": _drop_path(block, 2)}
-    if "w12" in mlp._modules:
-        gate, value = ops.linear(h, mlp.w12.weight, mlp.w12.bias).chunk(2, dim=-1)
-        return common.add_branch(x, ops.ACTIVATIONS["silu"](gate) * value, mlp.w3, **rest)
-    return common.add_mlp(
-        x, h, mlp.fc1, layers.activation_name(mlp.act), mlp.fc2,
-        hidden_dropout=mlp.drop, dropout=mlp.drop, **rest,
-    )  # fmt: skip
-
-
-def _gamma(block: Any, name: str) -> Tensor | None:
-    return getattr(block._modules.get(name), "gamma", None)
-
-
-def _drop_path(block: Any, half: int) -> nn.Module | None:
-    modules = block._modules
-    return modules.get(f"drop_path{half}", modules.get("drop_path"))
-
-
 FAST: dict[type[nn.Module], type[nn.Module]] = {}  # filled as classes are met
-ORIGINAL: dict[type[nn.Module], type[nn.Module]] = dict(common.ORIGINAL)
 
 
 def _is_block(kind: type) -> bool:
@@ -137,24 +130,16 @@ def _is_block(kind: type) -> bool:
 
 
 def _fast_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The fast subclass of a block's class, made once; its name in this module tells unpickling
-    where the library's class is."""
+    """The fast subclass of a block's class, made once."""
     if kind not in FAST:
-        name = f"Fast_{kind.__module__.replace('.', '__')}__{kind.__name__}"
-        doc = f"`{kind.__module__}.{kind.__name__}` on our kernels."
-        members = {"__module__": __name__, "__doc__": doc, "original": kind}
-        FAST[kind] = type(name, (FastBlock, kind), members)
-        ORIGINAL[FAST[kind]] = kind
-        globals()[name] = FAST[kind]
+        FAST[kind] = fast_class(kind, FastDinoBlock, globals())
     return FAST[kind]
 
 
 def __getattr__(name: str) -> Any:
-    path = name.removeprefix("Fast_").replace("__", ".")
-    module, _, kind = path.rpartition(".")
-    library = sys.modules.get(module)  # its repository has to be there, as for its own pickles
-    if name.startswith("Fast_") and library is not None:
-        return _fast_class(getattr(library, kind))
+    library = original_named(name)  # its repository has to be there, as for its own pickles
+    if library is not None:
+        return _fast_class(library)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -164,28 +149,15 @@ def find(model: nn.Module) -> list[Part]:
     parts: list[Part] = []
     single: list[Any] = []
     for name, module in model.named_modules():
-        kind = ORIGINAL.get(type(module), type(module))
+        kind = original_of(type(module))
         if kind.__name__.endswith("VisionTransformer") and any(
-            _is_block(ORIGINAL.get(type(below), type(below))) for below in module.modules()
+            _is_block(original_of(type(below))) for below in module.modules()
         ):
             embed = getattr(module, "patch_embed", None)
             single += [getattr(embed, "proj", None), getattr(module, "norm", None)]
         if module in single:
-            part = common.find_single(name, module, "DINO")
+            part = find_single(name, module, "DINO")
             parts += [] if part is None else [part]
         if _is_block(kind):
-            parts.append(_block_part(name, module, kind))
+            parts.append(block_part(name, module, _fast_class(kind), None, "DINO"))
     return parts
-
-
-def _block_part(name: str, block: nn.Module, kind: type[nn.Module]) -> Part:
-    arguments = list(inspect.signature(kind.forward).parameters)[1:]
-    if arguments in _FORWARDS[kind.__name__]:
-        obstacle = block_obstacle(block)
-    else:
-        obstacle = Obstacle(f"its forward takes {', '.join(arguments)}", lasting=True)
-    gated = obstacle is None and "w12" in block.get_submodule("mlp")._modules
-    runs = f"layer_norm, linear, attention_qkv, {'linear' if gated else 'mlp'}"
-    row = common.make_row(name, kind, runs, "DINO", obstacle, block=True)
-    stays = obstacle is not None and obstacle.lasting
-    return Part(block, None if stays else _fast_class(kind), row)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 from torch import nn
 
-from fastvit.accelerate import inference, own
+from fastvit.accelerate import own
 from fastvit.accelerate.plan import Part, check_module
 
 LIBRARIES = ("timm", "transformers", "torchvision", "open_clip", "dino")  # each a file here
@@ -23,12 +22,3 @@ def find_parts(model: nn.Module) -> list[Part]:
     for name in filter(packages.__contains__, LIBRARIES):
         parts += importlib.import_module(f"fastvit.accelerate.{name}").find(model)
     return parts + own.find(model)
-
-
-def originals() -> dict[type[nn.Module], type[nn.Module]]:
-    """The class that each fast class stands in for, of the libraries met so far."""
-    loaded = [sys.modules.get(f"fastvit.accelerate.{name}") for name in LIBRARIES]
-    found = own.ORIGINAL | inference.ORIGINAL
-    for library in loaded:
-        found |= {} if library is None else library.ORIGINAL
-    return found

@@ -28,8 +28,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastvit.accelerate.inference import INFERENCE, own_capture
-from fastvit.kernels import _library
+from fastvit.accelerate.fp8 import QUANTIZED, own_capture
+from fastvit.kernels import _backend
 
 GRAPHS = "fastvit_graphs"  # attribute of a ViT that was given `Graphs`
 MAX_GRAPHS = 8  # of one model; the least recently used goes first
@@ -138,8 +138,10 @@ class Snapshot:
         # these also keep the memory that a graph reads
         self._aliases = [tensor.detach() for tensor in self._tensors]
         self._plain = not any("forward" in state for state in states)
-        self._forms = [state[INFERENCE] for state in states if INFERENCE in state]
-        self._derived = [form.tensors() for form in self._forms]  # kept as the aliases are
+        kinds = {base for module in model.modules() for base in type(module).__mro__}
+        self._kinds = [(kind.__dict__, dict(kind.__dict__)) for kind in kinds]  # and methods
+        self._quantized = [state[QUANTIZED] for state in states if QUANTIZED in state]
+        self._derived = [own.tensors() for own in self._quantized]  # kept as the aliases are
 
     def holds(self, model: nn.Module) -> bool:
         """Whether this is of `model`, and all as it was but for hooks and the values of weights."""
@@ -150,11 +152,12 @@ class Snapshot:
             and all(map(Tensor.is_set_to, self._tensors, self._aliases))
             and _equal(_own_state(model), self._model_state)
             and _equal(self._states, self._attributes)
+            and all(methods == then for methods, then in self._kinds)
         )
 
     def refresh(self) -> bool:
         """Whether weights had new values that others are derived from; those then have too."""
-        return any([form.refresh() for form in self._forms])
+        return any([own.refresh() for own in self._quantized])
 
     def allows_graphs(self) -> bool:
         """Whether every module is without hooks and runs the forward of its class."""
@@ -259,7 +262,7 @@ def _key(x: Tensor) -> tuple[object, ...]:
         torch.is_autocast_enabled(device),
         torch.get_autocast_dtype(device),
         torch.get_float32_matmul_precision(),
-        _library.current_path(),
+        _backend.current_path(),
     )
 
 

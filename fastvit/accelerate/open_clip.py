@@ -1,8 +1,7 @@
 """open_clip's vision towers: their blocks, patch projection and norms on our kernels.
 
 Towers that open_clip takes from timm or transformers are those libraries'. Text towers are left
-alone. Each fast class is a subclass of open_clip's; where a layer of a block carries a hook or has
-been replaced, that block runs open_clip's forward.
+alone.
 
 Shape legend: B batch, N tokens, D width.
 """
@@ -13,13 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
-from fastvit import layers, ops
 from fastvit._compat import import_torchvision
-from fastvit.accelerate import common
-from fastvit.accelerate.common import GLOBAL_HOOK, Obstacle
+from fastvit.accelerate.block import FastBlock, applies, block_part, fast, original_of
 from fastvit.accelerate.plan import Part
+from fastvit.accelerate.single import find_single, single_part
+from fastvit.obstacles import Obstacle, layer_obstacle, mha_obstacle, patched, wanted_of
+from fastvit.parts import Parts, activation_name, apply_norm, packed_weights_of, scale_of
 
 import_torchvision()  # before open_clip, which imports it
 
@@ -44,24 +43,30 @@ _KINDS: dict[str, frozenset[type]] = {
 }  # fmt: skip
 
 
-def _knows(name: str, kind: type) -> bool:
-    return kind in _KINDS.get(name, ())
+def _wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    return wanted_of(_KINDS.get(name, frozenset()), kind)
 
 
-def block_obstacle(block: Any) -> Obstacle | None:
-    """Why `block`, a `ResidualAttentionBlock`, runs open_clip's forward now."""
-    if _has_any_global_hook():
-        return GLOBAL_HOOK
-    return common.layer_obstacle(block, _knows) or common.mha_obstacle(block.attn, "attn")
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    """open_clip's norms give their input's dtype, under autocast too."""
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps).to(x.dtype)
-
-
-class FastResidualAttentionBlock(ResidualAttentionBlock):
+@fast(ResidualAttentionBlock)
+class FastResidualAttentionBlock(FastBlock, ResidualAttentionBlock):
     """open_clip's `ResidualAttentionBlock` on our kernels."""
+
+    watched = staticmethod(lambda block: [(ResidualAttentionBlock.__dict__, ("attention",))])
+
+    @staticmethod
+    def take_apart(block: Any) -> Parts | Obstacle:
+        """Of a `ResidualAttentionBlock`."""
+        attn, mlp = block.attn, block.mlp
+        found = layer_obstacle(block, _wanted) or mha_obstacle(attn)
+        found = found or patched(ResidualAttentionBlock, "attention")
+        if "attention" in block.__dict__:
+            found = Obstacle("has an attention of its own", lasting=False)
+        return found or Parts(
+            block.ln_1, attn, (attn,), attn.num_heads, attn.out_proj,
+            block.ln_2, mlp.c_fc, activation_name(mlp.gelu), mlp.c_proj,
+            qkv_weights=packed_weights_of, dropout=attn.dropout,
+            scale1=scale_of(block.ls_1), scale2=scale_of(block.ls_2),
+        )  # fmt: skip
 
     def forward(
         self,
@@ -71,32 +76,30 @@ class FastResidualAttentionBlock(ResidualAttentionBlock):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         """[B, N, D] to [B, N, D]; with other keys or a mask as open_clip does it."""
-        others = (k_x, v_x, attn_mask)
-        plain = isinstance(q_x, Tensor) and all(other is None for other in others)
-        if not plain or block_obstacle(self) is not None:
-            return super().forward(q_x, *others)
-        mlp: Any = self.mlp
-        out = common.attend_mha(self.attn, _norm(self.ln_1, q_x))
-        scale = getattr(self.ls_1, "gamma", None)
-        x = common.add_branch(q_x, out, self.attn.out_proj, scale=scale)
-        return common.add_mlp(
-            x, _norm(self.ln_2, x), mlp.c_fc, layers.activation_name(mlp.gelu), mlp.c_proj,
-            scale=getattr(self.ls_2, "gamma", None),
-        )  # fmt: skip
+        plain = k_x is None and v_x is None and attn_mask is None
+        parts = self.examine(q_x) if plain else None
+        return super().forward(q_x, k_x, v_x, attn_mask) if parts is None else self.run(parts, q_x)
 
 
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    """open_clip's norms give their input's dtype, under autocast too."""
+    return apply_norm(norm, x).to(x.dtype)
+
+
+@fast(LayerNorm)
 class FastLayerNorm(LayerNorm):
     """open_clip's `LayerNorm` on our kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _norm(self, x) if isinstance(x, Tensor) else super().forward(x)
+        return _norm(self, x) if applies(self, x) else super().forward(x)
 
 
+@fast(LayerNormFp32)
 class FastLayerNormFp32(LayerNormFp32):
     """open_clip's `LayerNormFp32` on our kernel, which has its statistics in float32 anyway."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _norm(self, x) if isinstance(x, Tensor) else super().forward(x)
+        return _norm(self, x) if applies(self, x) else super().forward(x)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
@@ -104,7 +107,6 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     LayerNorm: FastLayerNorm,
     LayerNormFp32: FastLayerNormFp32,
 }
-ORIGINAL = common.ORIGINAL | {fast: original for original, fast in FAST.items()}
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -117,27 +119,14 @@ def find(model: nn.Module) -> list[Part]:
         tower = next((t for prefix, t in towers.items() if name.startswith(prefix)), None)
         if tower is None:
             continue
-        kind = ORIGINAL.get(type(module), type(module))
+        kind = original_of(type(module))
         if issubclass(kind, ResidualAttentionBlock | CustomResidualAttentionBlock):
-            parts.append(_block_part(name, module, kind))
+            fast = FAST.get(kind) or Obstacle(f"{kind.__name__} has no fused form yet", True)
+            parts.append(block_part(name, module, fast, None, "open_clip"))
         elif module in (tower.conv1, tower.ln_pre, tower.ln_post):
-            parts += _single_parts(name, module, kind)
+            if kind in FAST:
+                part = single_part(name, module, FAST[kind], "layer_norm", "open_clip")
+            else:
+                part = find_single(name, module, "open_clip")
+            parts += [] if part is None else [part]
     return parts
-
-
-def _single_parts(name: str, module: nn.Module, kind: type[nn.Module]) -> list[Part]:
-    if kind in FAST:
-        row = common.make_row(name, kind, "layer_norm", "open_clip", None)
-        return [Part(module, FAST[kind], row)]
-    part = common.find_single(name, module, "open_clip")
-    return [] if part is None else [part]
-
-
-def _block_part(name: str, block: nn.Module, kind: type) -> Part:
-    obstacle = Obstacle(f"{kind.__name__} has no fused form yet", lasting=True)
-    if kind is ResidualAttentionBlock:
-        obstacle = block_obstacle(block)
-    runs = "layer_norm, linear, attention_qkv, mlp"
-    row = common.make_row(name, kind, runs, "open_clip", obstacle, block=True)
-    stays = obstacle is not None and obstacle.lasting
-    return Part(block, None if stays else FAST[kind], row)

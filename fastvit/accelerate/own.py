@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.accelerate import graphs, inference
-from fastvit.accelerate.plan import Part, PlanRow
-from fastvit.layers import PatchEmbed, is_plain
+from fastvit.accelerate import graphs
+from fastvit.accelerate.block import FastBlock, block_part, fast, make_row, original_of
+from fastvit.accelerate.plan import Part
+from fastvit.layers import PatchEmbed, obstacle_in, parts_of
+from fastvit.obstacles import Obstacle, own_forward
+from fastvit.parts import Parts
 from fastvit.vit import Block, VisionTransformer
 
 _RUNS = {
@@ -17,6 +21,7 @@ _RUNS = {
 }
 
 
+@fast(VisionTransformer)
 class GraphedVisionTransformer(graphs.Graphed, VisionTransformer):
     """fastvit's `VisionTransformer` with `cuda_graphs`."""
 
@@ -30,45 +35,38 @@ class GraphedVisionTransformer(graphs.Graphed, VisionTransformer):
         return graphs.run(self, super().forward, x, **options)
 
 
-class InferenceBlock(Block):
-    """fastvit's `Block` with the forms of inference.py."""
+@fast(Block)
+class QuantizedBlock(FastBlock, Block):
+    """fastvit's `Block` with `fp8.Quantized`."""
 
-    def fuses(self, x: object) -> bool:
-        """Whether `layers.fused_block` can stand for its forward now."""
-        return isinstance(x, Tensor) and is_plain(*self._modules.values())
+    @staticmethod
+    def take_apart(block: Any) -> Parts | Obstacle:
+        """Of a `Block`."""
+        return obstacle_in(*block.children()) or parts_of(block)
+
+    def bias(self) -> Tensor | None:
+        return self.attn.add_rel_pos(None)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """As `Block`'s."""
-        if not self.fuses(x):
+        parts = self.examine(x)
+        if parts is None:
             return super().forward(x, attn_mask)
-        return inference.run_block(self, x, self.attn.add_rel_pos(attn_mask))
-
-
-ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {
-    GraphedVisionTransformer: VisionTransformer,
-    InferenceBlock: Block,
-}
+        return self.run(parts, x, self.attn.add_rel_pos(attn_mask))
 
 
 def find(model: nn.Module) -> list[Part]:
     """fastvit's own models, patch embeddings and blocks inside `model`, in its order."""
     parts: list[Part] = []
     for name, module in model.named_modules():
-        kind = type(module)
-        if ORIGINAL.get(kind, kind) is VisionTransformer:
+        kind = original_of(type(module))
+        if kind is VisionTransformer:
             parts.append(Part(module, None, row=None, graphed=GraphedVisionTransformer))
-        kind = ORIGINAL.get(kind, kind)
-        if kind not in _RUNS:
-            continue
-        fused = all(map(is_plain, module.children()))
-        row = PlanRow(
-            module=name,
-            type=kind.__name__,
-            fused=fused,
-            runs=_RUNS[kind] if fused else "layer by layer",
-            reason=None if fused else "a layer in it has a hook or has been replaced",
-            block=kind is Block,
-        )
-        form = InferenceBlock if kind is Block else None
-        parts.append(Part(module, type(module), row, inference=form))
+        elif kind is Block:
+            part = block_part(name, module, QuantizedBlock, _RUNS[kind], "layer by layer")
+            parts.append(replace(part, fast=type(module)))
+        elif kind is PatchEmbed:
+            obstacle = own_forward(module) or obstacle_in(module)
+            row = make_row(name, kind, _RUNS[kind], "layer by layer", obstacle)
+            parts.append(Part(module, type(module), row))
     return parts

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastvit.accelerate.fp8 import QUANTIZED
 from fastvit.accelerate.graphs import GRAPHS
-from fastvit.accelerate.inference import INFERENCE, Form
-from fastvit.kernels import _library
+from fastvit.kernels import _backend
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 PRECISION = "fastvit_precision"  # attribute of a ViT that was given a precision
+_RUNS_FP8 = "layer_norm, linear and attention, e4m3 operands in linear"
+_WHEN_FP8 = (
+    "linears of the blocks run in e4m3 in eval mode without gradients; not under torch.compile "
+    "(patch embedding, norms, attention and head keep their dtypes)"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Part:
     fast: type[nn.Module] | None  # None: it cannot be fused and stays as it is
     row: PlanRow | None  # None: the whole model, whose parts have rows
     graphed: type[nn.Module] | None = None  # the class whose forward can go through CUDA graphs
-    inference: type[nn.Module] | None = None  # the class that takes the forms of inference.py
+    quantized: type[nn.Module] | None = None  # the class that runs `fp8.Quantized`
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Plan:
         backend: what runs the ops on the model's device, Triton or plain PyTorch, and why.
         note: why there are no rows, if so.
         graphs: when a model that was given CUDA graphs uses them, or why never.
-        inference: when a model that was given folded norms or fp8 uses them.
+        inference: when a model that was given fp8 uses it.
     """
 
     rows: tuple[PlanRow, ...]
@@ -134,8 +139,8 @@ def check_module(model: object) -> None:
 
 def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
     """The plan of `parts`, which `find_parts` gave for `model`."""
-    forms = {part.module: part.module.__dict__.get(INFERENCE) for part in parts}
-    rows = tuple(_in_its_form(part.row, forms[part.module]) for part in parts if part.row)
+    rows = tuple(_row(part.row, part.module) for part in parts if part.row)
+    quantized = any(QUANTIZED in part.module.__dict__ for part in parts)
     fast = [part for part in parts if part.fast is not None]
     note = None
     if not parts:
@@ -144,15 +149,15 @@ def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
     return Plan(
         rows=rows,
         accelerated=bool(fast) and all(type(part.module) is part.fast for part in fast),
-        backend=_backend(model),
+        backend=_backend_in_words(model),
         note=note,
         graphs=_graphs(model),
-        inference=next((form.when for form in forms.values() if form is not None), None),
+        inference=_WHEN_FP8 if quantized else None,
     )
 
 
-def _in_its_form(row: PlanRow, form: Form | None) -> PlanRow:
-    return replace(row, runs=form.runs) if form is not None and row.fused else row
+def _row(row: PlanRow, module: nn.Module) -> PlanRow:
+    return replace(row, runs=_RUNS_FP8) if row.fused and QUANTIZED in module.__dict__ else row
 
 
 def graphs_obstacle(model: nn.Module) -> str | None:
@@ -173,7 +178,7 @@ def _graphs(model: nn.Module) -> str | None:
 def gpu_obstacle(model: nn.Module) -> str | None:
     """Why Triton cannot run although the model is on a GPU."""
     device = _device_type(model)
-    return _library.gpu_problem() if device == "cuda" else None
+    return _backend.gpu_problem() if device == "cuda" else None
 
 
 def _device_type(model: nn.Module) -> str:
@@ -181,8 +186,8 @@ def _device_type(model: nn.Module) -> str:
     return "cpu" if parameter is None else parameter.device.type
 
 
-def _backend(model: nn.Module) -> str:
-    path = _library.current_path()
+def _backend_in_words(model: nn.Module) -> str:
+    path = _backend.current_path()
     if path == "torch":
         return "plain PyTorch, as FASTVIT_BACKEND=torch asks"
     if path == "interpret":
@@ -190,5 +195,5 @@ def _backend(model: nn.Module) -> str:
     device = _device_type(model)
     if device != "cuda":
         return f"plain PyTorch: the model is on {device}"
-    problem = _library.gpu_problem()
+    problem = _backend.gpu_problem()
     return "Triton" if problem is None else f"plain PyTorch: {problem}"

@@ -1,8 +1,5 @@
 """torchvision's ``vit_*``: their encoder blocks, patch projection and last norm on our kernels.
 
-Each fast class is a subclass of torchvision's; where a layer of a block carries a hook or has been
-replaced, that block runs torchvision's forward.
-
 Shape legend: B batch, N tokens, D width.
 """
 
@@ -13,17 +10,31 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
-from fastvit import layers, ops
+from fastvit import ops
 from fastvit._compat import import_torchvision
-from fastvit.accelerate import common, graphs
-from fastvit.accelerate.common import GLOBAL_HOOK, Obstacle
+from fastvit.accelerate import graphs
+from fastvit.accelerate.block import FastBlock, block_part, fast, model_parts, original_of
 from fastvit.accelerate.plan import Part
+from fastvit.accelerate.precision import at_precision
+from fastvit.accelerate.single import FastPatchConv2d, find_single
+from fastvit.obstacles import (
+    Obstacle,
+    conv_obstacle,
+    global_hook,
+    is_traced,
+    layer_obstacle,
+    mha_obstacle,
+    module_obstacle,
+    patched,
+    wanted_of,
+)
+from fastvit.parts import Parts, activation_name, drop_or_none, packed_weights_of
 
 import_torchvision()  # before all else of torchvision
 
 from torchvision.models.vision_transformer import (  # noqa: E402
+    Encoder,
     EncoderBlock,
     MLPBlock,
     VisionTransformer,
@@ -31,6 +42,7 @@ from torchvision.models.vision_transformer import (  # noqa: E402
 
 _NORM = frozenset({nn.LayerNorm})
 _LINEAR = frozenset({nn.Linear})
+_CONV = frozenset({nn.Conv2d, FastPatchConv2d})
 _DROPOUT = frozenset({nn.Dropout, nn.Identity})
 _KINDS: dict[str, frozenset[type]] = {  # "0" to "4" are the MLP's
     "ln_1": _NORM, "self_attention": frozenset({nn.MultiheadAttention}),
@@ -40,48 +52,49 @@ _KINDS: dict[str, frozenset[type]] = {  # "0" to "4" are the MLP's
 }  # fmt: skip
 
 
-def _knows(name: str, kind: type) -> bool:
-    return kind in _KINDS.get(name, ())
+def _wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    return wanted_of(_KINDS.get(name, frozenset()), kind)
 
 
-def block_obstacle(block: Any) -> Obstacle | None:
-    """Why `block`, an `EncoderBlock`, runs torchvision's forward now."""
-    if _has_any_global_hook():
-        return GLOBAL_HOOK
-    return common.layer_obstacle(block, _knows) or common.mha_obstacle(
-        block.self_attention, "self_attention"
-    )
-
-
-class FastEncoderBlock(EncoderBlock):
+@fast(EncoderBlock)
+class FastEncoderBlock(FastBlock, EncoderBlock):
     """torchvision's `EncoderBlock` on our kernels."""
+
+    @staticmethod
+    def take_apart(block: Any) -> Parts | Obstacle:
+        """Of an `EncoderBlock`."""
+        attn, mlp = block.self_attention, block.mlp
+        found = layer_obstacle(block, _wanted) or mha_obstacle(attn)
+        return found or Parts(
+            block.ln_1, attn, (attn,), attn.num_heads, attn.out_proj,
+            block.ln_2, mlp[0], activation_name(mlp[1]), mlp[3],
+            qkv_weights=packed_weights_of, dropout=attn.dropout,
+            drop1=drop_or_none(block.dropout),
+            hidden_drop=drop_or_none(mlp[2]), drop2=drop_or_none(mlp[4]),
+        )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D]."""
-        if not isinstance(input, Tensor) or input.dim() != 3 or block_obstacle(self) is not None:
+        parts = self.examine(input)
+        if parts is None or input.dim() != 3:
             return super().forward(input)
-        attn, mlp = self.self_attention, self.mlp
-        out = common.attend_mha(attn, layers.apply_norm(self.ln_1, input))
-        x = common.add_branch(input, out, attn.out_proj, dropout=self.dropout)
-        return common.add_mlp(
-            x, layers.apply_norm(self.ln_2, x), mlp[0], layers.activation_name(mlp[1]), mlp[3],
-            hidden_dropout=mlp[2], dropout=mlp[4],
-        )  # fmt: skip
+        return self.run(parts, input)
 
 
+@fast(VisionTransformer)
 class FastVisionTransformer(graphs.Graphed, VisionTransformer):
     """torchvision's `VisionTransformer`: from pixels to tokens with their positions in one kernel,
     `precision` and `cuda_graphs`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] to logits [B, classes]."""
-        return graphs.run(self, functools.partial(common.at_precision, self, self._forward), x)
+        return graphs.run(self, functools.partial(at_precision, self, self._forward), x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        encoder: Any = self.encoder
-        conv: Any = self.conv_proj
         if not isinstance(x, Tensor) or not embeds_positions(self, x):
             return super().forward(x)
+        encoder: Any = self.encoder
+        conv: Any = self.conv_proj
         tokens = ops.patch_embed(
             x, conv.weight, conv.bias,
             pos_embed=encoder.pos_embedding[0], prefix=self.class_token[0],
@@ -91,49 +104,49 @@ class FastVisionTransformer(graphs.Graphed, VisionTransformer):
 
 def embeds_positions(vit: Any, x: Tensor) -> bool:
     """Whether one kernel can do all of a `VisionTransformer` up to the first block, exactly."""
-    conv, encoder = vit.conv_proj, vit.encoder
-    plain = type(conv) in common.ORIGINAL and common.conv_obstacle(conv) is None
-    hooked = any(
-        state[kind]
-        for state in (conv.__dict__, encoder.__dict__)
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    )
-    fits = x.dim() == 4 and x.shape[2:] == (vit.image_size, vit.image_size)
-    return plain and not hooked and fits and x.is_floating_point() and not _has_any_global_hook()
+    size = vit.image_size
+    fits = x.is_floating_point() and x.dim() == 4 and x.shape[2:] == (size, size)
+    return fits and not is_traced() and model_obstacle(vit) is None
+
+
+def model_obstacle(vit: Any) -> Obstacle | None:
+    """Why a `VisionTransformer` embeds pixels as torchvision does."""
+    for name, expected in (("conv_proj", _CONV), ("encoder", {Encoder})):
+        module = vit._modules[name]
+        found = module_obstacle(module, wanted_of(expected, type(module)))
+        if found is not None:
+            return found.within(name)
+    if "_process_input" in vit.__dict__:
+        return Obstacle("has a _process_input of its own", lasting=False)
+    found = patched(VisionTransformer, "forward", "_process_input") or patched(nn.Conv2d)
+    return found or conv_obstacle(vit.conv_proj) or global_hook()
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     EncoderBlock: FastEncoderBlock,
     VisionTransformer: FastVisionTransformer,
 }
-ORIGINAL = common.ORIGINAL | {fast: original for original, fast in FAST.items()}
 
 
 def find(model: nn.Module) -> list[Part]:
     """The blocks, patch projections and last norms of torchvision's ViTs inside `model`."""
     parts: list[Part] = []
-    single: set[nn.Module] = set()
+    single: set[Any] = set()
+    module: Any
     for name, module in model.named_modules():
+        kind = original_of(type(module))
         if isinstance(module, VisionTransformer):
-            single |= {module.conv_proj, module.encoder.ln}
-            kind = ORIGINAL.get(type(module), type(module))
+            inner = module._modules
+            single |= {inner["conv_proj"], getattr(inner["encoder"], "ln", None)}
             if kind is VisionTransformer:
-                fast = FAST[kind]
-                parts.append(Part(module, fast, row=None, graphed=fast))
+                obstacle = model_obstacle(module)
+                parts += model_parts(name, module, FAST[kind], "torchvision", obstacle)
         if module in single:
-            part = common.find_single(name, module, "torchvision")
+            part = find_single(name, module, "torchvision")
             parts += [] if part is None else [part]
-        kind = ORIGINAL.get(type(module), type(module))
         if issubclass(kind, EncoderBlock):
-            parts.append(_block_part(name, module, kind))
+            fast = FAST.get(kind) or Obstacle(
+                f"{kind.__name__} is not torchvision's own block", lasting=True
+            )
+            parts.append(block_part(name, module, fast, None, "torchvision"))
     return parts
-
-
-def _block_part(name: str, block: nn.Module, kind: type) -> Part:
-    obstacle = Obstacle(f"{kind.__name__} is not torchvision's own block", lasting=True)
-    if kind in FAST:
-        obstacle = block_obstacle(block)
-    runs = "layer_norm, linear, attention_qkv, mlp"
-    row = common.make_row(name, kind, runs, "torchvision", obstacle, block=True)
-    stays = obstacle is not None and obstacle.lasting
-    return Part(block, None if stays else FAST[kind], row)

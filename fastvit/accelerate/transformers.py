@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from fastvit import ops
-from fastvit.accelerate import common
+from fastvit import _seen
 from fastvit.accelerate.attention_interface import NAME, is_capturing, register, wants_maps
-from fastvit.accelerate.common import Obstacle, join_heads, split_heads
+from fastvit.accelerate.block import FastBlock, block_part, fast_class, library_class, original_of
 from fastvit.accelerate.plan import Part
+from fastvit.accelerate.single import find_single
+from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle, wanted_of
+from fastvit.parts import Parts, drop_or_none, layer_or_none, scale_of
 
 # after attention_interface, which imports transformers with what it needs
 from transformers import activations  # isort: skip
@@ -41,64 +42,66 @@ register()
 # --------------------------------------------------------------------------- layers by their parts
 
 
-class Parts(NamedTuple):
-    """A pre-norm layer of any family."""
+def _layers(
+    norm1: nn.Module, attn: Any, qkv: tuple[Any, Any, Any], out: nn.Module, norm2: nn.Module,
+    fc1: nn.Module, act: Any, fc2: nn.Module,
+) -> Parts:  # fmt: skip
+    """Without what only some families have."""
+    heads = attn.num_heads if hasattr(attn, "num_heads") else attn.num_attention_heads
+    return Parts(
+        norm1, attn, qkv, heads, out, norm2, fc1, _ACTIVATIONS.get(type(act)), fc2,
+        q_norm=layer_or_none(attn._modules.get("q_norm")),
+        k_norm=layer_or_none(attn._modules.get("k_norm")), norms_heads=False,
+        scale=attn.scaling if hasattr(attn, "scaling") else attn.scale, dropout=_dropout(attn),
+        rotate_half=True,
+    )  # fmt: skip
 
-    norm1: Any
-    attn: Any  # has the three linears, and transformers' hook for its maps
-    qkv: tuple[Any, Any, Any]
-    out: Any  # the output projection
-    norm2: Any
-    fc1: Any
-    act: nn.Module
-    fc2: Any
-    gate: Any = None  # of a gated MLP
-    out_in_attn: bool = True  # the attention's own result is after the output projection
-    drop1: nn.Module | None = None  # after the output projection
-    scale1: Tensor | None = None
-    drop2: nn.Module | None = None  # after the MLP
-    scale2: Tensor | None = None
-    drop_path: nn.Module | None = None
-    takes_mask: bool = True
+
+def _dropout(attn: Any) -> float:
+    for name in ("attention_dropout", "dropout", "dropout_prob"):
+        if hasattr(attn, name):
+            return getattr(attn, name)
+    raise AttributeError(f"{type(attn).__name__} has no dropout rate")
 
 
 def _vit(layer: Any) -> Parts:
-    attn, mlp = layer.attention, layer.mlp
-    return Parts(
+    attn, mlp, dropout = layer.attention, layer.mlp, drop_or_none(layer.dropout)
+    return _layers(
         layer.layernorm_before, attn, (attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj,
         layer.layernorm_after, mlp.fc1, mlp.activation_fn, mlp.fc2,
-        drop1=layer.dropout, drop2=layer.dropout,
-    )  # fmt: skip
+    )._replace(drop1=dropout, drop2=dropout)  # fmt: skip
 
 
 def _beit(layer: Any) -> Parts:
-    parameters = layer._parameters  # without LayerScale both factors are the number 1
+    drop_path = drop_or_none(layer.drop_path)
     return _vit(layer)._replace(
-        scale1=parameters.get("lambda_1"),
-        scale2=parameters.get("lambda_2"),
-        drop_path=layer.drop_path,
-    )
-
-
-def _dinov2(layer: Any) -> Parts:
-    attn = layer.attention
-    return Parts(
-        layer.norm1, attn, (attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj,
-        layer.norm2, *_mlp(layer.mlp),
-        scale1=layer.layer_scale1.lambda1, scale2=layer.layer_scale2.lambda1,
-        drop_path=layer.drop_path,
+        # without LayerScale both factors are the number 1
+        scale1=scale_of(layer, "lambda_1"), scale2=scale_of(layer, "lambda_2"),
+        drop_path1=drop_path, drop_path2=drop_path,
     )  # fmt: skip
 
 
-def _mlp(mlp: Any) -> tuple[Any, nn.Module, Any, Any]:
+def _dinov2(layer: Any) -> Parts:
+    attn, mlp, drop_path = layer.attention, layer.mlp, drop_or_none(layer.drop_path)
     if "fc1" in mlp._modules:
-        return mlp.fc1, mlp.activation_fn, mlp.fc2, None
-    return mlp.up_proj, mlp.act_fn, mlp.down_proj, mlp._modules.get("gate_proj")
+        fc1, act, fc2, gate = mlp.fc1, mlp.activation_fn, mlp.fc2, None
+    else:
+        fc1, act, fc2 = mlp.up_proj, mlp.act_fn, mlp.down_proj
+        gate = mlp._modules.get("gate_proj")
+    return _layers(
+        layer.norm1, attn, (attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj,
+        layer.norm2, fc1, act, fc2,
+    )._replace(
+        gate=gate,
+        scale1=scale_of(layer.layer_scale1, "lambda1"),
+        scale2=scale_of(layer.layer_scale2, "lambda1"),
+        drop_path1=drop_path, drop_path2=drop_path,
+    )  # fmt: skip
 
 
 def _clip(layer: Any) -> Parts:
     attn, mlp = layer.self_attn, layer.mlp
-    return Parts(
+    return _layers(
         layer.layer_norm1, attn, (attn.q_proj, attn.k_proj, attn.v_proj), attn.out_proj,
         layer.layer_norm2, mlp.fc1, mlp.activation_fn, mlp.fc2,
     )  # fmt: skip
@@ -106,38 +109,41 @@ def _clip(layer: Any) -> Parts:
 
 def _nested(layer: Any) -> Parts:
     attn, output = layer.attention.attention, layer.attention.output
-    modules = layer._modules
-    if "mlp" in modules:
+    inner = "mlp" in layer._modules
+    if inner:
         mlp: Any = (layer.mlp.fc1, layer.mlp.activation, layer.mlp.fc2)
     else:
         mlp = (layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output.dense)
-    return Parts(
+    return _layers(
         layer.layernorm_before, attn, (attn.query, attn.key, attn.value), output.dense,
         layer.layernorm_after, *mlp,
-        out_in_attn=False, drop1=output.dropout, takes_mask=False,
-        drop2=None if "mlp" in modules else layer.output.dropout,
+    )._replace(
+        drop1=drop_or_none(output.dropout),
+        drop2=None if inner else drop_or_none(layer.output.dropout),
     )  # fmt: skip
 
 
 def _aimv2(layer: Any) -> Parts:
     attn, mlp = layer.attention, layer.ffn
-    return Parts(
+    return _layers(
         layer.rms_norm1, attn, (attn.q_proj, attn.k_proj, attn.v_proj), attn.out_proj,
-        layer.rms_norm2, mlp.up_proj, mlp.act_fn, mlp.down_proj, mlp.gate_proj,
-    )  # fmt: skip
+        layer.rms_norm2, mlp.up_proj, mlp.act_fn, mlp.down_proj,
+    )._replace(gate=mlp.gate_proj)  # fmt: skip
 
 
 def _internvl(layer: Any) -> Parts:
     attn, mlp = layer.attention, layer.mlp
-    return Parts(
+    return _layers(
         layer.layernorm_before, attn, (attn.q_proj, attn.k_proj, attn.v_proj),
         attn.projection_layer,
         layer.layernorm_after, mlp.fc1, mlp.activation_fn, mlp.fc2,
-        drop1=attn.projection_dropout, scale1=layer.lambda_1,
-        drop2=layer.dropout, scale2=layer.lambda_2, takes_mask=False,
+    )._replace(
+        drop1=drop_or_none(attn.projection_dropout), scale1=scale_of(layer, "lambda_1"),
+        drop2=drop_or_none(layer.dropout), scale2=scale_of(layer, "lambda_2"),
     )  # fmt: skip
 
 
+_NO_MASK = (_nested, _internvl)  # families whose layers take none
 # the modeling file of a family -> its layer, and how that is taken apart
 FAMILIES: dict[str, tuple[str, Callable[[Any], Parts]]] = {
     "vit": ("ViTLayer", _vit),
@@ -209,6 +215,7 @@ _KINDS: dict[str, tuple[frozenset[type], tuple[str, ...]]] = {
 _SAME_ATTENTION = frozenset(
     {None, "eager", "sdpa", NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 )
+_WITHOUT_MAPS = _SAME_ATTENTION - {"eager", NAME}
 _OPTIONS = frozenset(  # those that change nothing in a layer, or that `FastLayer` deals with
     {"attention_mask", "position_embeddings", "resolution", "interpolate_pos_encoding",
      "dataset_index", "output_attentions", "output_hidden_states", "return_dict", "use_cache",
@@ -216,22 +223,59 @@ _OPTIONS = frozenset(  # those that change nothing in a layer, or that `FastLaye
 )  # fmt: skip
 
 
-class FastLayer(nn.Module):
-    """The forward of every fast layer; each family's class has the library's class beside it."""
+def take_apart(layer: Any) -> Parts | Obstacle:
+    """Of a class in `FAMILIES`."""
+    kind = library_class(layer)
+    found = layer_obstacle(layer, functools.partial(_wanted, kind.__module__), is_capturing)
+    if found is not None:
+        return found
+    parts = FAMILIES[_family(kind)][1](layer)
+    if parts.activation is None:
+        return Obstacle("its activation has no fused form", lasting=True)
+    found = head_obstacle(parts.qkv[0].out_features // parts.heads)
+    if found is not None:
+        return found
+    implementation = parts.attn.config._attn_implementation
+    if implementation not in _SAME_ATTENTION:
+        return Obstacle(f"its attention is set to {implementation!r}", lasting=False)
+    return parts
 
-    original: ClassVar[Any]  # the library's class
+
+def _implementation(layer: Any) -> list[_seen.Watched]:
+    """Where transformers notes which attention a layer runs."""
+    configs = {id(c): c for m in layer.modules() if (c := m.__dict__.get("config")) is not None}
+    return [(config.__dict__, ("_attn_implementation_internal",)) for config in configs.values()]
+
+
+def _wanted(module: str, parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    exact, own = _KINDS.get(name, _NOTHING)
+    family = kind.__module__ == module and not kind.__name__.endswith("MoeMLP")
+    if family and kind.__name__.endswith(own):
+        return None
+    return wanted_of(exact, kind) and " or ".join(
+        [*(f"the family's {end}" for end in own), *sorted(k.__name__ for k in exact)]
+        or ["nothing of that name"]
+    )
+
+
+class FastLayer(FastBlock):
+    """The forward of every fast layer."""
+
+    take_apart = take_apart
+    watched = staticmethod(_implementation)
     options: ClassVar[tuple[str, ...]]  # its forward's arguments after the tokens
-    library: ClassVar[Any]  # its module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B, N, D] to [B, N, D]."""
         given = dict(zip(self.options, args, strict=False)) | kwargs
-        parts = examine(self) if isinstance(hidden_states, Tensor) else None
-        if isinstance(parts, Parts) and _understands(parts, given):
-            mask = self._mask(hidden_states, given)
-            return self._fused(parts, hidden_states, mask, given.get("position_embeddings"))
-        with _maps_if_wanted(self):
-            return self.original.forward(self, hidden_states, *args, **kwargs)
+        if wants_maps():
+            with _with_maps(self):
+                return self.fastvit_original.forward(self, hidden_states, *args, **kwargs)
+        parts = self.examine(hidden_states)
+        if parts is None or not _understands(self, parts, given):
+            return self.fastvit_original.forward(self, hidden_states, *args, **kwargs)
+        mask = self._mask(hidden_states, given)
+        return self.run(parts, hidden_states, mask, given.get("position_embeddings"))
 
     def _mask(self, hidden_states: Tensor, given: dict[str, Any]) -> Tensor | None:
         mask = given.get("attention_mask")
@@ -246,61 +290,16 @@ class FastLayer(nn.Module):
         )
         return added if mask is None else added + mask
 
-    def _fused(self, parts: Parts, x: Tensor, mask: Tensor | None, rope: Any) -> Tensor:
-        attn = parts.attn
-        heads = _heads(attn)
-        h = _norm(parts.norm1, x)
-        q, k, v = (ops.linear(h, linear.weight, linear.bias) for linear in parts.qkv)
-        if "q_norm" in attn._modules:
-            q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
-        q, k, v = (split_heads(t, heads) for t in (q, k, v))
-        if rope is not None:
-            q, k = self.library.apply_rotary_pos_emb(q, k, *rope)
-        scale, dropout_p = _scale(attn), _dropout(attn) if attn.training else 0.0
-        if wants_maps():
-            x = x + self._with_maps(parts, q, k, v, mask, scale, dropout_p)
-        else:
-            out = join_heads(ops.attention(q, k, v, mask, dropout_p, scale))
-            x = common.add_branch(
-                x, out, parts.out,
-                dropout=parts.drop1, scale=parts.scale1, drop_path=parts.drop_path,
-            )  # fmt: skip
-        return common.add_mlp(
-            x, _norm(parts.norm2, x), parts.fc1, _ACTIVATIONS[type(parts.act)], parts.fc2,
-            gate=parts.gate, dropout=parts.drop2, scale=parts.scale2, drop_path=parts.drop_path,
-        )  # fmt: skip
-
-    def _with_maps(
-        self,
-        parts: Parts,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        dropout_p: float,
-    ) -> Tensor:
-        """The attention's branch, its maps handed to transformers' hooks as its own call would."""
-        out, weights = common.attention_maps(q, k, v, mask, scale, dropout_p)
-        out = join_heads(out)
-        result = ops.linear(out, parts.out.weight, parts.out.bias)
-        for hook in parts.attn._forward_hooks.values():  # all are transformers'
-            hook(parts.attn, (), (result if parts.out_in_attn else out, weights))
-        result = result if parts.drop1 is None else parts.drop1(result)
-        result = result if parts.scale1 is None else result * parts.scale1
-        return result if parts.drop_path is None else parts.drop_path(result)
-
 
 @contextlib.contextmanager
-def _maps_if_wanted(layer: nn.Module) -> Iterator[None]:
-    """Within, the attention of `layer` gives maps if they were asked for."""
-    attention: Any = (
-        next(filter(_is_captured, list(layer.modules())[1:]), None) if wants_maps() else None
-    )
-    if attention is None or not hasattr(attention, "config"):
+def _with_maps(layer: nn.Module) -> Iterator[None]:
+    """Within, the attention of `layer` gives its maps, which eager does by itself and sdpa does
+    not."""
+    attention: Any = next(filter(_is_captured, list(layer.modules())[1:]), None)
+    config = getattr(attention, "config", None)
+    if config is None or config._attn_implementation not in _WITHOUT_MAPS:
         yield
         return
-    config = attention.config
     attention.config = copy.copy(config)
     attention.config._attn_implementation = NAME
     try:
@@ -313,7 +312,7 @@ def _is_captured(module: nn.Module) -> bool:
     return any(map(is_capturing, module._forward_hooks.values()))
 
 
-def _understands(parts: Parts, given: dict[str, Any]) -> bool:
+def _understands(layer: Any, parts: Parts, given: dict[str, Any]) -> bool:
     """Whether every option of a call means to `FastLayer` what it means to the library."""
     if any(
         name not in _OPTIONS and not (value is None or value is False)
@@ -326,65 +325,13 @@ def _understands(parts: Parts, given: dict[str, Any]) -> bool:
     # transformers' eager attention adds a bool mask as 0 and 1
     adds = parts.attn.config._attn_implementation == "eager"
     additive = isinstance(mask, Tensor) and mask.dim() == 4
-    return parts.takes_mask and additive and (mask.is_floating_point() or not adds)
-
-
-def _heads(attn: Any) -> int:
-    return attn.num_heads if hasattr(attn, "num_heads") else attn.num_attention_heads
-
-
-def _scale(attn: Any) -> float:
-    return attn.scaling if hasattr(attn, "scaling") else attn.scale
-
-
-def _dropout(attn: Any) -> float:
-    for name in ("attention_dropout", "dropout", "dropout_prob"):
-        if hasattr(attn, name):
-            return getattr(attn, name)
-    raise AttributeError(f"{type(attn).__name__} has no dropout rate")
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    if isinstance(norm, nn.LayerNorm):
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    if isinstance(norm, nn.Identity):
-        return x
-    return ops.rms_norm(x, norm.weight, norm.variance_epsilon)
-
-
-def examine(layer: Any) -> Parts | Obstacle:
-    """The parts of a layer, of a class in `FAMILIES`, or why it runs transformers' forward now."""
-    if _has_any_global_hook():
-        return common.GLOBAL_HOOK
-    kind = ORIGINAL.get(type(layer), type(layer))
-    found = common.layer_obstacle(layer, _known_in(kind.__module__), is_capturing)
-    if found is not None:
-        return found
-    parts = FAMILIES[_family(kind)][1](layer)
-    if type(parts.act) not in _ACTIVATIONS:  # a function, which is no module
-        return Obstacle(f"its activation is {parts.act}", lasting=True)
-    found = common.head_obstacle(parts.qkv[0].out_features // _heads(parts.attn))
-    if found is not None:
-        return found
-    implementation = parts.attn.config._attn_implementation
-    if implementation not in _SAME_ATTENTION:
-        return Obstacle(f"its attention is set to {implementation!r}", lasting=False)
-    return parts
-
-
-def _known_in(module: str) -> Callable[[str, type], bool]:
-    def knows(name: str, kind: type) -> bool:
-        exact, own = _KINDS.get(name, _NOTHING)
-        family = kind.__module__ == module and not kind.__name__.endswith("MoeMLP")
-        return kind in exact or (family and kind.__name__.endswith(own))
-
-    return knows
+    takes_mask = FAMILIES[_family(layer.fastvit_original)][1] not in _NO_MASK
+    return takes_mask and additive and (mask.is_floating_point() or not adds)
 
 
 # --------------------------------------------------------------------------- classes and the plan
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {}  # filled as families are met
-ORIGINAL: dict[type[nn.Module], type[nn.Module]] = dict(common.ORIGINAL)
 
 
 def _family(kind: type) -> str:
@@ -396,28 +343,18 @@ def _family(kind: type) -> str:
 
 
 def _fast_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The fast subclass of a layer's class, made once; under its name in this module, where
-    unpickling finds it."""
+    """The fast subclass of a layer's class, made once."""
     if kind not in FAST:
-        name = f"Fast{kind.__name__}"
-        members = {
-            "__module__": __name__,
-            "__doc__": f"transformers' `{kind.__name__}` on our kernels.",
-            "original": kind,
-            "options": tuple(inspect.signature(kind.forward).parameters)[2:],
-            "library": sys.modules[kind.__module__],
-        }
-        FAST[kind] = type(name, (FastLayer, kind), members)
-        ORIGINAL[FAST[kind]] = kind
-        globals()[name] = FAST[kind]
+        options = tuple(inspect.signature(kind.forward).parameters)[2:]
+        FAST[kind] = fast_class(kind, FastLayer, globals(), options=options)
     return FAST[kind]
 
 
 def __getattr__(name: str) -> Any:
     for family, (layer, _) in FAMILIES.items():
-        if name == f"Fast{layer}":
-            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-            return _fast_class(getattr(module, layer))
+        path = f"transformers.models.{family}.modeling_{family}"
+        if name == f"Fast_{path.replace('.', '__')}__{layer}":
+            return _fast_class(getattr(importlib.import_module(path), layer))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -427,31 +364,22 @@ def find(model: nn.Module) -> list[Part]:
     parts: list[Part] = []
     owners: dict[str, Any] = {"": None}
     for name, module in model.named_modules():
-        kind = ORIGINAL.get(type(module), type(module))
+        kind = original_of(type(module))
         owners[name] = owner = module if _family(kind) else owners.get(name.rpartition(".")[0])
         family = _family(kind)
         if family in FAMILIES and kind.__name__ == FAMILIES[family][0]:
             if not _reads_text(module):
-                parts.append(_layer_part(name, module, kind))
+                fast = _fast_class(kind)  # which also gives its attention map
+                part = block_part(name, module, fast, None, "transformers", always=True)
+                parts.append(part)
         elif family in LEFT and kind.__name__ == LEFT[family][0]:
             obstacle = Obstacle(LEFT[family][1], lasting=True)
-            row = common.make_row(name, kind, "", "transformers", obstacle, block=True)
-            parts.append(Part(module, None, row))
+            parts.append(block_part(name, module, obstacle, None, "transformers"))
         elif owner is not None and owner is not module and _is_ours(owner, module):
-            single = common.find_single(name, module, "transformers")
+            single = find_single(name, module, "transformers")
             if single is not None:
                 parts.append(single)
     return parts
-
-
-def _layer_part(name: str, layer: nn.Module, kind: type[nn.Module]) -> Part:
-    found = examine(layer)
-    obstacle = None if isinstance(found, Parts) else found
-    gated = isinstance(found, Parts) and found.gate is not None
-    runs = f"norm, linear, attention, {'linear' if gated else 'mlp'}"
-    row = common.make_row(name, kind, runs, "transformers", obstacle, block=True)
-    stays = obstacle is not None and obstacle.lasting
-    return Part(layer, None if stays else _fast_class(kind), row)
 
 
 def _reads_text(module: nn.Module) -> bool:
@@ -462,7 +390,7 @@ def _reads_text(module: nn.Module) -> bool:
 
 def _is_ours(owner: Any, module: nn.Module) -> bool:
     """Whether a norm or a convolution, direct child of a family's `owner`, is a ViT's."""
-    kind = ORIGINAL.get(type(owner), type(owner))
+    kind = original_of(type(owner))
     if _family(kind) not in FAMILIES or _reads_text(owner):
         return False
     norm = isinstance(module, nn.LayerNorm) and isinstance(owner, PreTrainedModel)

@@ -6,6 +6,7 @@ record has nothing to draw.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from fastvit.bench import records, report
 from fastvit.bench.timing import is_ours
 
 OURS_COLOR, PEER_COLOR, DARK = "#d1495b", "#b4bec9", "#333333"
+OUR_COLORS = (OURS_COLOR, "#7a1f3d", "#f08a4b")
 PEER_COLORS = ("#2e4057", "#66a182", "#8d96a3", "#edae49", "#00798c", "#9c6644", "#7b5ea7")
-OUR_STYLES = ("-", "--", ":")
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
 
 def _figure(width: float, height: float, heading: str) -> Figure:
@@ -78,8 +80,8 @@ def _latency_panel(axes: Axes, name: str, results: list[dict[str, Any]]) -> None
         low, middle, high = (
             [1e3 * timing[key] for _, timing in points] for key in ("p10", "median", "p90")
         )
-        color, line = styles[contender]
-        axes.plot(batches, middle, line, color=color, marker="o", markersize=4, label=contender)
+        color, line, marker = styles[contender]
+        axes.plot(batches, middle, line, color=color, marker=marker, markersize=4, label=contender)
         axes.fill_between(batches, low, high, color=color, alpha=0.15, linewidth=0)
     roof = [1e3 * result["roof_s"] for result in results]
     batches = [result["batch"] for result in results]
@@ -95,12 +97,15 @@ def _latency_panel(axes: Axes, name: str, results: list[dict[str, Any]]) -> None
     _tidy(axes)
 
 
-def _styles(names: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and line of each contender: ours in one colour, peers in others."""
-    ours = [name for name in names if is_ours(name)]
-    peers = [name for name in names if not is_ours(name)]
-    styles = {name: (OURS_COLOR, OUR_STYLES[i % len(OUR_STYLES)]) for i, name in enumerate(ours)}
-    return styles | {name: (PEER_COLORS[i % len(PEER_COLORS)], "-") for i, name in enumerate(peers)}
+def _styles(names: list[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, line and marker of each contender, all different: ours in reds, peers in others."""
+    styles = {}
+    for mine, colors in ((True, OUR_COLORS), (False, PEER_COLORS)):
+        looks = itertools.product(zip(LINES, MARKERS, strict=True), colors)
+        for name in (name for name in names if is_ours(name) == mine):
+            (line, marker), color = next(looks)
+            styles[name] = (color, line, marker)
+    return styles
 
 
 # --------------------------------------------------------------------------- roofline

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastvit.kernels._spec import all_specs
+from fastvit.kernels.specs import all_specs
 from fastvit.variants import ViTConfig, find_variant
 
 ITEMSIZE = 2  # bytes, bfloat16 or float16

@@ -27,15 +27,14 @@ CHECKED_IMAGES = 4  # the numerics check runs in float64, at most this many imag
 QUICK_MODELS, CPU_MODELS = ("vit_tiny_patch16_224",), ("vit_small_patch16_224",)
 GPU_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 OWN_MODEL, GRAPHED = f"{OURS} create_model", f"{OURS} + CUDA graphs"
-FOLDED, FP8 = f"{OURS} + folded norms", f"{OURS} + fp8"
+FP8 = f"{OURS} + fp8"
 COMPILED, TORCHAO = "timm + torch.compile", "timm + torchao fp8 + max-autotune"
 # what the waterfall climbs by; a contender that was not timed is a step left out
 TECHNIQUES = {
     "timm": [],
     OURS: ["Triton kernels"],
     GRAPHED: ["Triton kernels", "CUDA graphs"],
-    FOLDED: ["Triton kernels", "folded norms"],
-    f"{FOLDED} + CUDA graphs": ["Triton kernels", "CUDA graphs", "folded norms"],
+    FP8: ["Triton kernels", "fp8"],
     f"{FP8} + CUDA graphs": ["Triton kernels", "CUDA graphs", "fp8"],
 }
 MIN_FP8_COSINE = 0.98  # of an image's logits with the model's own, for fp8's time to be reported
@@ -189,19 +188,13 @@ def _forms(
     if train:
         return
     device = images.device
-    on_triton = backend_for(device) == "triton"
-    fold = {"fold_norm": True}
     fp8: dict[str, Any] = {"precision": "fp8", "calibration": images[:CHECKED_IMAGES]}
-    if on_triton:
-        yield FOLDED, functools.partial(_passed, functools.partial(form, **fold), check)
     check_fp8 = functools.partial(_check_fp8, model, images[:CHECKED_IMAGES])
-    has_fp8 = on_triton and fp8_problem(device) is None
+    has_fp8 = backend_for(device) == "triton" and fp8_problem(device) is None
     if has_fp8:
         yield FP8, functools.partial(_passed, functools.partial(form, **fp8), check_fp8)
     if images.is_cuda:
         yield GRAPHED, functools.partial(_passed, graphed, check_graphs)
-        build = functools.partial(graphed, **fold)
-        yield f"{FOLDED} + CUDA graphs", functools.partial(_passed, build, check_graphs)
         if has_fp8:
             build = functools.partial(graphed, **fp8)
             yield f"{FP8} + CUDA graphs", functools.partial(_passed, build, check_fp8)

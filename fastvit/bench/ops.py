@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fastvit import numerics, ops
 from fastvit.bench.report import Result, checked_numerics
 from fastvit.bench.timing import OURS, Race, race, reason, rotating
-from fastvit.kernels._library import gpu_problem
-from fastvit.kernels._spec import Case, OpSpec, all_specs
+from fastvit.kernels._backend import gpu_problem
+from fastvit.kernels._spec import Case, OpSpec
+from fastvit.kernels.specs import all_specs
 
 CPU_FLOPS, CPU_BYTES = 2e9, 1e8  # a case beyond either takes a CPU too long
 ROTATION_BYTES, MAX_COPIES = 2**28, 16  # inputs rotate through more memory than a cache holds

@@ -106,8 +106,9 @@ def waterfall(result: Record) -> tuple[list[tuple[str, str]], list[tuple[str, st
     """Steps that `techniques` of a result make, each with its contender.
 
     Returns:
-        Cumulative steps, from the fewest techniques upwards, each naming what it adds; and
-        leave-one-out steps, each naming what it lacks of the most.
+        Cumulative steps, from the fewest techniques upwards, each naming what it adds, of equally
+        many the fastest; and leave-one-out steps, each naming what it lacks of the last one, of
+        which it has all else and nothing more.
     """
     known = {
         name: frozenset(techniques)
@@ -116,7 +117,8 @@ def waterfall(result: Record) -> tuple[list[tuple[str, str]], list[tuple[str, st
     }
     if not known:
         return [], []
-    ordered = sorted(known, key=lambda name: len(known[name]))
+    times = {name: result["contenders"][name]["median"] for name in known}
+    ordered = sorted(known, key=lambda name: (len(known[name]), times[name]))
     chain = [ordered[0]]
     for name in ordered[1:]:
         if known[name] > known[chain[-1]]:
@@ -129,6 +131,6 @@ def waterfall(result: Record) -> tuple[list[tuple[str, str]], list[tuple[str, st
     left_out = [
         (min(full - known[name]), name)
         for name in ordered
-        if name not in chain and len(full - known[name]) == 1
+        if name not in chain and known[name] < full and len(full - known[name]) == 1
     ]
     return [(chain[0], chain[0]), *added], left_out

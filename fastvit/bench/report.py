@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastvit.bench.timing import Race, is_ours, reason
-from fastvit.kernels._library import gpu_problem
+from fastvit.kernels._backend import gpu_problem
 from fastvit.numerics import Report
 
 CPU_NOTE = (

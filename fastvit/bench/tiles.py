@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from fastvit.kernels._tuning import Query, TileConfig, cdiv
+from fastvit.kernels._tuning import Query, TileConfig
+from fastvit.kernels.attention import hopper_plan as attention_plan
+from fastvit.kernels.linear import hopper_plan
 
-MANY_PROGRAMS = 192  # fill a GPU of today (108 to 148 multiprocessors)
 Fields = Mapping[str, Sequence[Any]]
 
 
@@ -43,21 +44,21 @@ SPACES = {
     "linear": dataclasses.replace(
         _MATMUL,
         steps=(
-            {
-                **_MATMUL.steps[0],
-                "backend": ("", "tma", "device_tma", "cublas"),
-                "warp_specialize": (False, True),
-            },
+            {**_MATMUL.steps[0], "backend": ("", "tma", "cublas", *hopper_plan.NAMES)},
             _MATMUL.steps[1],
-            {"subtiles": (1, 2, 4), "persistent": (0, 1, 2)},
-            {"split_k": (1, 2, 3, 4, 6, 8)},
+            {"subtiles": (1, 2, 4)},
         ),
     ),
     "patch_embed": _MATMUL,
     "attention": Space(
         start=TileConfig(64, 64),
         steps=(
-            {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "num_warps": (4, 8)},
+            {
+                "BLOCK_M": (16, 32, 64, 128),
+                "BLOCK_N": (16, 32, 64, 128),
+                "num_warps": (4, 8),
+                "backend": ("", *attention_plan.NAMES),
+            },
             {"num_stages": (1, 2, 3, 4)},
         ),
         # the cost of a sequence depends on what is left over of the last tile
@@ -84,15 +85,14 @@ def candidates(
 
 
 def canonical(tile: TileConfig) -> TileConfig:
-    """cuBLAS reads no tile sizes, so all its tiles are one. Specialised warps gain by going from
-    tile to tile, one block to a multiprocessor, and 128 columns at a time keep the epilogue from
-    spilling."""
-    if tile.backend == "cublas":
-        return TileConfig(128, 128, backend="cublas")
-    if tile.warp_specialize:
-        subtiles = max(tile.subtiles, tile.BLOCK_N // 128)
-        return dataclasses.replace(tile, persistent=1, subtiles=subtiles)
-    return tile
+    """cuBLAS reads no tile sizes, so all its tiles are one; Hopper's linear no more than two, and
+    its attention for long sequences the keys of a block."""
+    if tile.backend in attention_plan.NAMES:
+        keys = tile.BLOCK_N if tile.backend in attention_plan.LONG else attention_plan.ROWS
+        return TileConfig(attention_plan.ROWS, keys, backend=tile.backend)
+    if tile.backend in hopper_plan.NAMES:
+        return TileConfig(tile.BLOCK_M, tile.BLOCK_N, hopper_plan.BLOCK_K, backend=tile.backend)
+    return TileConfig(128, 128, backend="cublas") if tile.backend == "cublas" else tile
 
 
 def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
@@ -102,9 +102,23 @@ def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
     block_m, block_n, block_k = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K
     itemsize = getattr(torch, query.dtype).itemsize
     threads = tile.num_warps * (64 if query.arch.startswith("gfx") else 32)
-    threads *= 2 if tile.warp_specialize else 1  # two groups of warps multiply
     if tile.backend == "cublas":
         return True
+    if tile.backend.startswith("hopper"):  # which a table says where nothing is measured
+        return False
+    if tile.backend in hopper_plan.NAMES:
+        pingpong = tile.backend == "pingpong"
+        known = hopper_plan.PINGPONG_TILES if pingpong else (hopper_plan.COOP_TILE,)
+        half = getattr(torch, query.dtype) in hopper_plan.HALF and query.arch == "sm90"
+        return half and (block_m, block_n) in known and not (sizes["N"] % 8 or sizes["K"] % 8)
+    if tile.backend in attention_plan.NAMES:
+        short = tile.backend in attention_plan.SHORT
+        keys = range(1, attention_plan.MOST_KEYS + 1) if short else range(64, 1 << 31)
+        taken = (
+            sizes["D"] in attention_plan.HEAD_DIMS and sizes["M"] in keys and not sizes.get("ROPE")
+        )
+        half = getattr(torch, query.dtype) in attention_plan.HALF and query.arch == "sm90"
+        return half and taken and block_n in (64, 128) and not (short and sizes["D"] > 64)
     if query.op == "layer_norm":
         kept = block_m * sizes["D_POW2"]
         return threads <= kept <= 64 * threads and block_m <= _power_of_two(sizes["M"])
@@ -117,7 +131,6 @@ def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
         rows, columns, depth = sizes["M"], sizes["N"], sizes["K"]
         kept = block_m * block_n
         staged = tile.num_stages * (block_m + block_n) * block_k
-    tma = tile.backend in ("tma", "device_tma")
     hopper = query.arch.startswith("sm") and int(query.arch[2:]) >= 90
     return (
         8 * threads <= kept <= 192 * threads
@@ -126,34 +139,7 @@ def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
         and block_n <= max(16, _power_of_two(columns))
         and block_k <= max(16, _power_of_two(depth))
         and block_n // tile.subtiles >= 16
-        and (tma or not tile.persistent)
-        and (not tma or (hopper and itemsize == 2))
-        and (not tile.warp_specialize or _specializes(query, tile))
-        and (tile.split_k == 1 or _splits(tile, rows, columns, depth))
-    )
-
-
-def _specializes(query: Query, tile: TileConfig) -> bool:
-    """Whether warp specialisation takes effect and two groups share the rows; on sm_100 it spills
-    (`fastvit/audit.py`)."""
-    return (
-        query.arch == "sm90"
-        and tile.backend == "device_tma"
-        and tile.num_warps == 4
-        and tile.BLOCK_M >= 128
-    )
-
-
-def _splits(tile: TileConfig, rows: int, columns: int, depth: int) -> bool:
-    """Whether splitting the sum may pay: it fills a GPU that the tiles alone do not, with some
-    steps left for each part."""
-    programs = cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_N)
-    return (
-        tile.backend in ("", "tma")
-        and not tile.persistent
-        and programs <= MANY_PROGRAMS
-        and tile.split_k * programs <= 4 * MANY_PROGRAMS
-        and depth >= 2 * tile.split_k * tile.BLOCK_K
+        and (tile.backend != "tma" or (hopper and itemsize <= 2))
     )
 
 
@@ -163,13 +149,10 @@ def _power_of_two(size: int) -> int:
 
 
 def label(tile: TileConfig) -> str:
-    """A tile on a few columns: ``128x64x32 w4 s3 tma /2 p1``."""
+    """A tile on a few columns: ``128x64x32 w4 s3 tma /2``."""
     if tile.backend == "cublas":
         return "cublas"
     sizes = "x".join(str(n) for n in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K) if n)
     extras = [tile.backend] if tile.backend else []
     extras += [f"/{tile.subtiles}"] if tile.subtiles > 1 else []
-    extras += [f"p{tile.persistent}"] if tile.persistent else []
-    extras += ["ws"] if tile.warp_specialize else []
-    extras += [f"k{tile.split_k}"] if tile.split_k > 1 else []
     return " ".join([sizes, f"w{tile.num_warps}", f"s{tile.num_stages}", *extras])

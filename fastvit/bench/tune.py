@@ -27,7 +27,8 @@ from fastvit.bench import timing
 from fastvit.bench.tables import Table, tile_fields, write_file
 from fastvit.bench.tiles import SPACES, Space, candidates, canonical, fits, label
 from fastvit.environment import environment
-from fastvit.kernels import _device, _library, _spec, _tuning
+from fastvit.kernels import _backend, _device, _tuning
+from fastvit.kernels import specs as op_specs
 from fastvit.kernels._spec import Case, OpSpec
 from fastvit.kernels._tuning import Query, TileConfig
 
@@ -40,6 +41,7 @@ NOISE = 0.02  # by how much, of its time, a tile has to beat the present one
 MAX_WORKERS = 16  # threads that compile
 # of an H200 in bfloat16: how a case that computes ranks with one that moves bytes
 FLOPS_PER_BYTE = 180
+_TABLES = {"fp8_linear": "linear", "fp8_layer_norm": "layer_norm"}  # those not of their own folder
 
 
 # --------------------------------------------------------------------------- one case
@@ -233,7 +235,7 @@ def tune(
     """Search tiles for the shapes of the benchmarks, the most work first, and keep the fastest.
 
     Args:
-        names: ops of `_spec.all_specs`; all that have tiles by default.
+        names: ops of `specs.all_specs`; all that have tiles by default.
         minutes: no case begins and no compilation is waited for after them.
         dtypes: in this order; of the second half dtype only what is fastest in the first.
         write: into the package's tables; else into this machine's cache.
@@ -253,7 +255,7 @@ def tune(
     deadline = time.monotonic() + 60 * minutes
     specs = _tunable(names)
     if device is None:
-        problem = _library.gpu_problem()
+        problem = _backend.gpu_problem()
         if problem is not None:
             raise RuntimeError(f"fastvit tune needs a GPU: {problem}")
         device = torch.device("cuda", torch.cuda.current_device())
@@ -299,11 +301,11 @@ def _save(record: dict[str, Any], out: Path | None) -> None:
 
 def table_of(spec: OpSpec) -> str:
     """The folder under `kernels/` whose tables `spec` reads."""
-    return spec.op.__module__.split(".")[2]
+    return _TABLES.get(spec.name, spec.op.__module__.split(".")[2])
 
 
 def _tunable(names: Sequence[str] | None) -> list[OpSpec]:
-    specs = {name: spec for name, spec in _spec.all_specs().items() if table_of(spec) in SPACES}
+    specs = {name: spec for name, spec in op_specs.all_specs().items() if table_of(spec) in SPACES}
     for name in names or ():
         if name not in specs:
             raise ValueError(f"no op {name!r} has tiles to tune; {', '.join(specs)} have")
@@ -340,7 +342,7 @@ def _tune_case(
     (query,) = set(queries)
     if any(query == other.query for other in before):
         return None
-    present = _tuning.lookup(query.op, query.arch, dtype, **dict(query.shape))
+    present = _tuning.lookup(query.op, query.arch, getattr(torch, query.dtype), **dict(query.shape))
     result = Tuned(spec.name, case.name, query, canonical(present))
     relatives = [
         tile
@@ -349,7 +351,7 @@ def _tune_case(
         and {dtype, getattr(torch, other.query.dtype)} <= {*HALF}
         for tile in other.fastest(BEAM)
     ]
-    interpreted = _library.current_path() == "interpret"  # which knows one thread
+    interpreted = _backend.current_path() == "interpret"  # which knows one thread
     workers = 1 if interpreted else min(MAX_WORKERS, os.cpu_count() or 1)
     try:
         search = _Search(

@@ -176,6 +176,7 @@ class Job:
             "model": {"name": self.config.name, "options": dict(self.config.options)},
             "data": dataclasses.asdict(self.data_config),
             "classes": list(self.data.classes),
+            "images": self.data.contents(),
             **self.extra,
         }
 

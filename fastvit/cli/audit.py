@@ -38,16 +38,17 @@ def audit(
     _check("arch", arch, auditing.ARCHITECTURES)
     rows: list[Audited] = []
     broken: list[str] = []
-    jobs = [(a, s) for a in arch or auditing.ARCHITECTURES for s in op or specs]
+    jobs = [(name, target) for target in arch or auditing.ARCHITECTURES for name in op or specs]
     with progress_bar() as bar:
-        task = bar.add_task("", total=len(jobs))
-        for target, name in jobs:
-            bar.update(task, description=f"{target} {name}")
-            try:
-                rows += auditing.audit_op(specs[name], target)
-            except Exception as error:  # whatever the compiler raises, the rest is audited
-                broken.append(f"{name} for {target}: {type(error).__name__}: {error}"[:500])
-            bar.advance(task)
+        task = bar.add_task("compiling", total=len(jobs))
+        for (name, target), result in auditing.audit(jobs):
+            if isinstance(result, Exception):  # whatever the compiler raises, the rest is audited
+                broken.append(f"{name} for {target}: {type(result).__name__}: {result}"[:500])
+            else:
+                rows += result
+            bar.update(task, advance=1, description=f"{target} {name}")
+    order = {name: at for at, name in enumerate((*auditing.ARCHITECTURES, *specs))}
+    rows.sort(key=lambda row: (order[row.compiled.arch], order[row.op]))
     passed = not broken and not any(row.problems for row in rows)
     if as_json:
         print_json({"passed": passed, "broken": broken, "kernels": [_record(row) for row in rows]})

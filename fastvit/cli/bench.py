@@ -26,9 +26,15 @@ Job = tuple[str, Callable[[], "Result"]]
 
 def bench(
     what: Annotated[
-        Literal["all", "ops", "models", "train"],
-        typer.Argument(help="ops, models (inference), train (a training step); all: ops, models."),
+        Literal["all", "ops", "models", "train", "host"],
+        typer.Argument(
+            help="ops, models (inference), train (a training step), host (what a forward costs it, "
+            "with nothing computed); all: ops, models."
+        ),
     ] = "all",
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="As --model.")
+    ] = None,
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Small cases, about a minute.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON, PNG and HTML.")] = Path(
@@ -53,8 +59,13 @@ def bench(
     from fastvit.environment import environment
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and (device.type == "cuda" or what == "host"):
         raise typer.BadParameter("unset TRITON_INTERPRET: interpreted kernels have no speed")
+    model = [*(names or ()), *(model or ())]
+    if what == "host":
+        _host(model or [ANY_MODEL], batch or [1], as_json=as_json)
+        return
     dtype = dtype or (Dtype.bfloat16 if device.type == "cuda" else Dtype.float32)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     common = {"dtype": dtype.torch, "device": device, "seed": seed}
@@ -92,6 +103,34 @@ def bench(
     else:
         _print(record, paths)
     raise typer.Exit(0 if all(result["numerics"]["passed"] for result in results) else 1)
+
+
+def _host(names: list[str], batches: list[int], *, as_json: bool) -> None:
+    from fastvit.cli.numerics import check_timm_model
+
+    for name in names:  # before what needs timm is imported
+        check_timm_model(name)
+    from fastvit.bench.host import host_cost
+
+    found = [
+        {"model": name, "batch": batch, **host_cost(name, batch)}
+        for name in names
+        for batch in batches
+    ]
+    if as_json:
+        print_json(found[0] if len(found) == 1 else found)
+        return
+    table = Table("model, batch", "whose", title="a forward's cost to the host, nothing computed")
+    columns = {"calls": "Python calls", "launches": "launches", "us": "us", "gpu_us": "us on a GPU"}
+    for header in columns.values():
+        table.add_column(header, justify="right")
+    for row in found:
+        table.add_section()
+        for whose, library in (("ours", "fastvit"), ("theirs", "timm")):
+            costs = [row[whose].get(key) for key in columns]
+            cells = ("" if cost is None else f"{cost:,.0f}" for cost in costs)
+            table.add_row(f"{row['model']}, {row['batch']}", library, *cells)
+    console().print(table)
 
 
 def _op_jobs(common: dict[str, Any], *, quick: bool) -> tuple[list[Job], list[str]]:

@@ -41,7 +41,7 @@ def diagnosis() -> dict[str, Any]:
 def path_taken(kind: str) -> tuple[str, str]:
     """``triton``, ``interpret``, ``torch`` or ``none``, and why our ops take it on `kind`, ``cpu``
     or ``gpu`` tensors."""
-    from fastvit.kernels._library import current_path, gpu_problem
+    from fastvit.kernels._backend import current_path, gpu_problem
 
     path = current_path()
     problem = gpu_problem()

@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fastvit.cli._inference import POLICY, inference_entries, print_inference
+from fastvit.cli._fp8 import POLICY, fp8_entry, print_fp8
 from fastvit.cli._shared import Dtype, console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -57,10 +57,6 @@ def numerics(
     model: Annotated[
         list[str] | None, typer.Option(help="A timm model, instead of ops; repeatable.")
     ] = None,
-    folded: Annotated[
-        bool,
-        typer.Option("--folded", help="Instead: norms folded into linears, on trained weights."),
-    ] = False,
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Instead: accuracy of fp8, on a labelled set.")
     ] = False,
@@ -87,9 +83,8 @@ def numerics(
     """
     if op and model:
         raise typer.BadParameter("--op and --model exclude each other")
-    inference = folded or fp8
-    if inference and (op or model):
-        raise typer.BadParameter("--folded and --fp8 exclude --op and --model")
+    if fp8 and (op or model):
+        raise typer.BadParameter("--fp8 excludes --op and --model")
     backend, device = choose_path(path)
     if model and depth is None and backend == "triton" and device == "cpu":
         depth = INTERPRETER_DEPTH
@@ -101,16 +96,16 @@ def numerics(
         seed=random.SystemRandom().randrange(2**31) if seed is None else seed,
         depth=depth,
     )
-    if inference:
-        entries = inference_entries(folded, fp8, settings)
+    if fp8:
+        entries = [fp8_entry(settings)]
     else:
         jobs = model_jobs(model, settings) if model else op_jobs(op, settings)
         entries = certify(jobs, settings)
     passed = all(entry["passed"] for entry in entries)
     if as_json:
         print_json(_record(entries, settings, passed))
-    elif inference:
-        print_inference(entries, settings)
+    elif fp8:
+        print_fp8(entries[0], settings)
     else:
         _print(entries, settings)
     raise typer.Exit(0 if passed else 1)
@@ -126,7 +121,7 @@ def choose_path(path: str) -> tuple[str, str]:
         return "torch", "cuda" if torch.cuda.is_available() else "cpu"
     if importlib.util.find_spec("triton") is None:
         raise typer.BadParameter("--path triton: triton is not installed")
-    from fastvit.kernels._library import gpu_problem
+    from fastvit.kernels._backend import gpu_problem
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "triton", "cpu"
@@ -145,7 +140,8 @@ Job = tuple[dict[str, Any], Callable[[], "Report"]]
 
 def op_jobs(chosen: list[str] | None, settings: Settings) -> list[Job]:
     """Every case of the chosen ops, or of all, in every dtype."""
-    from fastvit.kernels._spec import Case, OpSpec, all_specs
+    from fastvit.kernels._spec import Case, OpSpec
+    from fastvit.kernels.specs import all_specs
     from fastvit.numerics import compare_case
 
     specs = all_specs()
@@ -254,7 +250,7 @@ def _record(entries: list[dict[str, Any]], settings: Settings, passed: bool) -> 
         "allowed_ratio": numerics.ALLOWED_RATIO,
         "rule": "maximum and RMS error each at most allowed_ratio times the yardstick's plus one "
         "unit in the last place of the largest true value; output and every gradient",
-        **POLICY,
+        "fp8": POLICY,
         "null": "a number that is not finite",
     }
     return {

@@ -43,7 +43,7 @@ def pretrain(
     workers: options.Workers = 0,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train an encoder on images without labels; `fastvit finetune --model OUT` goes on from it.
+    """Train an encoder on images without labels; `fastvit finetune OUT` goes on from it.
 
     A linear probe is logistic regression on the mean over patch tokens.
     """

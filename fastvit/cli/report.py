@@ -116,6 +116,6 @@ def _print_floor(record: dict[str, Any]) -> None:
         f"no more than {record['images_per_s']:,.0f} images/s on one {peak['gpu']}, at "
         f"{peak['flops'] / 1e12:g} TFLOP/s dense bfloat16 and {peak['bandwidth'] / 1e12:g} TB/s "
         f"({peak['source']}). Bytes: each operand read once, each result written once, 2 bytes a "
-        "value. Launches cost nothing here, and a norm folded into the next linear costs nothing.",
+        "value. Launches cost nothing here.",
         highlight=False,
     )

@@ -34,7 +34,7 @@ def tune(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise typer.BadParameter("unset TRITON_INTERPRET: interpreted kernels have no speed")
     from fastvit.bench import tune as tuning
-    from fastvit.kernels._library import gpu_problem
+    from fastvit.kernels._backend import gpu_problem
 
     problem = gpu_problem()
     if problem is not None:

@@ -181,6 +181,14 @@ class Data:
     mean: Tensor
     std: Tensor
 
+    def contents(self) -> dict[str, Any]:
+        """What there is, to tell whether it is still the same: how many images, and for files a
+        digest of their names and labels."""
+        images = {"train": self.train, "held_out": self.test}
+        sizes = {name: len(each) for name, each in images.items()}
+        digests = {name: getattr(each.source, "digest", None) for name, each in images.items()}
+        return sizes | {f"{name}_files": digest() for name, digest in digests.items() if digest}
+
     def to_model(self, batch: Batch, device: torch.device) -> Batch:
         """A loader's batch on `device`, its images float32 and normalised."""
         images = batch.images.to(device, non_blocking=True).float() / 255

@@ -21,6 +21,7 @@ from fastvit.samples import load_image
 from fastvit.train import distributed
 from fastvit.train.data import NO_LABEL, Data, DataConfig, Images, make_loader, transform
 from fastvit.train.models import features
+from fastvit.train.recipe import read_config
 from fastvit.train.state import barrier, write_text
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
@@ -161,7 +162,7 @@ def _open(out: Path, about: dict[str, Any], resume: bool) -> None:
     if resume:
         if not file.exists():
             raise ValueError(f"nothing to resume in {out}: it has no embed.json")
-        old = json.loads(file.read_text())
+        old = read_config(file)
         changed = [key for key in about if old.get(key) != about[key]]
         if changed:
             raise ValueError(f"{out} was made otherwise: {', '.join(changed)} changed")

@@ -27,7 +27,14 @@ from fastvit.train.objectives import (
     classification_metrics,
     loss_metrics,
 )
-from fastvit.train.recipe import Recipe, differences, make_optimizer, stable_seed
+from fastvit.train.recipe import (
+    Recipe,
+    class_differences,
+    differences,
+    make_optimizer,
+    read_config,
+    stable_seed,
+)
 
 Row = dict[str, Any]
 
@@ -199,7 +206,14 @@ class _Run:
         if resume:
             if not file.exists():
                 raise ValueError(f"nothing to resume in {self.out}: it has no config.json")
-            changed = differences(json.loads(file.read_text())["recipe"], plan)
+            stored = read_config(file)
+            changed = differences(stored.get("recipe", {}), plan)
+            if "classes" in stored and "classes" in config:
+                changed += class_differences(stored["classes"], config["classes"])
+            if "images" in stored and "images" in config:
+                changed += [f"images, {line}" for line in differences(
+                    stored["images"], config["images"]
+                )]  # fmt: skip
             if changed:
                 raise ValueError(f"{self.out} was started otherwise: {'; '.join(changed)}")
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastvit._compat import import_timm
 from fastvit.accelerate import accelerate
 from fastvit.checkpoint import load_checkpoint, read_checkpoint
 from fastvit.models import create_model
+from fastvit.train.recipe import read_config
 from fastvit.variants import list_models
 from fastvit.vit import VisionTransformer
 
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.json")
-    config = json.loads(file.read_text())
+    config = read_config(file)
     if "model" not in config:
         raise ValueError(f"{file} does not say which model was trained")
     return Run(folder, config)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +121,29 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
     }
     return [f"{key}: {a!r}, now {b!r}" for key, (a, b) in plain.items() if a != b]
+
+
+def class_differences(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """What has become of a folder's classes: labels are their places in this order."""
+    gone = [f"class {name!r} is gone" for name in old if name not in new]
+    added = [f"class {name!r} is new" for name in new if name not in old]
+    moved = "the classes are in another order"
+    return [*gone, *added] or ([moved] if list(old) != list(new) else [])
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's config.json.
+
+    Raises:
+        ValueError: it is damaged, with its name and what is wrong.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged: it holds no JSON object")
+    return config
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ A source has a length, and gives for i (a PIL image or uint8 tensor [C, H, W], l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ class Files:
 
     def __init__(self, files: list[tuple[str, int]]) -> None:
         self.files = files
+
+    def digest(self) -> str:
+        """Of the names, with that of the folder of each, and labels."""
+        names = (
+            f"{Path(path).parent.name}/{Path(path).name} {label}" for path, label in self.files
+        )
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -166,3 +174,8 @@ class Relabelled:
     def __getitem__(self, i: int) -> tuple[Any, int]:
         image, label = self.source[i]
         return image, self.labels[label]
+
+    def digest(self) -> str | None:
+        """Of the source's files, if it has any."""
+        digest = getattr(self.source, "digest", None)
+        return digest and digest()

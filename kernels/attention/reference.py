@@ -29,15 +29,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
 
 
 def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    rope: tuple[Tensor, Tensor] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, rope: tuple[Tensor, Tensor] | None = None,
     rotate_half: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """softmax(q k^T * scale + mask) v; shapes as in `fastvit.ops.attention`."""
     if rope is not None:
         cos, sin = (rope_pairs(table, q.shape[-1], rotate_half) for table in rope)
@@ -54,32 +49,30 @@ def attention_reference(
     return torch.nn.functional.dropout(weights, dropout_p) @ v
 
 
+def unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3*H*d], or [T, 3*H*d] of one batch, as three [B, H, N, d]; views where qkv allows."""
+    qkv = qkv if qkv.dim() == 3 else qkv[None]
+    packed = qkv.unflatten(2, (3, num_heads, qkv.shape[2] // (3 * num_heads)))
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 def attention_qkv_reference(
-    qkv: Tensor,
-    num_heads: int,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    rope: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, num_heads: int, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, rope: tuple[Tensor, Tensor] | None = None,
     rotate_half: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`attention_reference` on packed [B, N, 3*H*d]."""
-    batch, tokens, width = qkv.shape
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).unbind(2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = unpack(qkv, num_heads)
     out = attention_reference(q, k, v, attn_mask, dropout_p, scale, rope, rotate_half)
-    return out.transpose(1, 2).reshape(batch, tokens, width // 3)
+    return out.transpose(1, 2).flatten(2)
 
 
 def attention_packed_reference(
-    qkv: Tensor,
-    num_heads: int,
-    cu_seqlens: Tensor,
-    max_seqlen: int | None = None,
-    scale: float | None = None,
-    rope: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, num_heads: int, cu_seqlens: Tensor, max_seqlen: int | None = None,
+    scale: float | None = None, rope: tuple[Tensor, Tensor] | None = None,
     rotate_half: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`attention_qkv_reference` of one image after another, [T, 3*H*d] to [T, H*d]."""
     sizes = cu_seqlens.diff().tolist()
     images = qkv[None].split(sizes, dim=1)

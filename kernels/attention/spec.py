@@ -1,15 +1,12 @@
 """Cases, FLOPs and bytes of `attention` and `attention_qkv`."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, Literal
 
 import torch
 
 from fastvit.kernels._spec import Case, Draw, OpSpec
-from fastvit.kernels.attention.op import attention, attention_qkv
-from fastvit.kernels.attention.packed import attention_packed
+from fastvit.kernels.attention.op import attention, attention_packed, attention_qkv
 from fastvit.kernels.attention.reference import (
     attention_packed_reference,
     attention_qkv_reference,
@@ -28,26 +25,15 @@ def _rope(draw: Draw, kind: Rope, tokens: int, d: int, *heads: int) -> dict[str,
 
 
 def _case(
-    name: str,
-    b: int,
-    h: int,
-    n: int,
-    d: int,
-    *,
-    m: int | None = None,
-    mask: Literal["none", "bool", "bias"] = "none",
-    sharp: float = 1.0,
-    rope: Rope = "none",
+    name: str, b: int, h: int, n: int, d: int, *, m: int | None = None,
+    mask: Literal["none", "bool", "bias"] = "none", sharp: float = 1.0, rope: Rope = "none",
     prefix: int = 1,
-) -> Case:
+) -> Case:  # fmt: skip
     keys = n if m is None else m
 
     def make(draw: Draw) -> dict[str, Any]:
-        inputs: dict[str, Any] = {
-            "q": draw(b, h, n, d, std=sharp),
-            "k": draw(b, h, keys, d),
-            "v": draw(b, h, keys, d),
-        }
+        inputs: dict[str, Any] = {"q": draw(b, h, n, d, std=sharp)}
+        inputs |= {name: draw(b, h, keys, d) for name in ("k", "v")}
         if mask == "bias":  # relative position: one bias per head, the same for each image
             inputs["attn_mask"] = draw(1, h, n, keys)
         elif mask == "bool":  # keys past an image's length; the last image sees none at all
@@ -94,73 +80,62 @@ def _bytes(sizes: dict[str, int], itemsize: int) -> int:
     return 2 * itemsize * sizes["B"] * sizes["H"] * (sizes["N"] + sizes["M"]) * sizes["d"]
 
 
-SPECS = (
-    OpSpec(
-        name="attention",
-        op=attention,
-        reference=attention_reference,
-        cases=(
-            _case("one token", 1, 1, 1, 16),
-            _case("one query, 197 keys", 2, 3, 1, 64, m=197),
-            _case("ViT 224, N=197", 1, 2, 197, 64),
-            _case("257 keys, d=88", 1, 1, 257, 88),
-            _case("d=72", 1, 2, 65, 72),
-            _case("d=80", 1, 2, 50, 80),
-            _case("d=104", 1, 2, 50, 104),
-            _case("d=32", 2, 2, 64, 32),
-            _case("d=256", 1, 1, 33, 256),
-            _case("d=20", 1, 2, 17, 20),
-            _case("key lengths", 3, 2, 70, 64, mask="bool"),
-            _case("bias per head", 2, 2, 81, 64, mask="bias"),
-            _case("bias per head, d=128", 2, 1, 20, 128, mask="bias"),
-            _case("bias per head, d=256", 1, 2, 18, 256, mask="bias"),
-            _case("sharp scores", 1, 2, 130, 64, sharp=30.0),
-            _case("rope of each head, d=40", 2, 2, 70, 40, rope="interleaved"),
-            _case("rope of halves, bias", 2, 1, 38, 32, mask="bias", rope="half", prefix=5),
-        ),
-        bench_cases=tuple(
-            _case(f"{name}, batch {batch}", batch, h, n, d)
-            for batch in (1, 32, 256)
-            for name, h, n, d in (("ViT-B 224", 12, 197, 64), ("ViT-B 384", 12, 577, 64))
-        ),
-        flops=_flops,
-        bytes=_bytes,
-    ),
-    OpSpec(
-        name="attention_qkv",
-        op=attention_qkv,
-        reference=attention_qkv_reference,
-        cases=(
-            _qkv_case("one token", 2, 1, 1, 32),
-            _qkv_case("ViT-Ti 224", 1, 3, 197, 64),
-            _qkv_case("N=50, d=80", 2, 2, 50, 80),
-            _qkv_case("rope", 2, 1, 21, 32, rope="interleaved"),
-            _qkv_case("rope of halves", 1, 2, 69, 96, rope="half"),
-        ),
-        bench_cases=(
-            _qkv_case("ViT-B 224, batch 1", 1, 12, 197, 64),
-            _qkv_case("ViT-B 224, batch 256", 256, 12, 197, 64),
-            _qkv_case("DINOv3-B 224, batch 256", 256, 12, 201, 64, rope="half"),
-        ),
-        flops=_flops,
-        bytes=_bytes,
-    ),
-    OpSpec(
-        name="attention_packed",
-        op=attention_packed,
-        reference=attention_packed_reference,
-        cases=(
-            _packed_case("one token", [1], 1, 16),
-            _packed_case("three images, one without tokens", [17, 0, 9], 1, 16),
-            _packed_case("ViT 224 and smaller", [197, 65, 17], 1, 64),
-            _packed_case("d=80", [50, 70], 1, 80),
-            _packed_case("rope", [33, 20], 2, 32, rope="half"),
-        ),
-        bench_cases=tuple(
-            _packed_case(f"ViT-B, {count} images of mixed sizes", _mixed_lengths(count), 12, 64)
-            for count in (8, 256)
-        ),
-        flops=lambda sizes: 4 * sizes["pairs"] * sizes["H"] * sizes["d"],
-        bytes=lambda sizes, itemsize: 4 * itemsize * sizes["T"] * sizes["H"] * sizes["d"],
-    ),
+_CASES = (
+    _case("one token", 1, 1, 1, 16),
+    _case("one query, 197 keys", 2, 3, 1, 64, m=197),
+    _case("ViT 224, N=197", 1, 2, 197, 64),
+    _case("257 keys, d=88", 1, 1, 257, 88),
+    _case("d=72", 1, 2, 65, 72),
+    _case("d=80", 1, 2, 50, 80),
+    _case("d=104", 1, 2, 50, 104),
+    _case("d=32", 2, 2, 64, 32),
+    _case("d=256", 1, 1, 33, 256),
+    _case("d=20", 1, 2, 17, 20),
+    _case("key lengths", 3, 2, 70, 64, mask="bool"),
+    _case("bias per head", 2, 2, 81, 64, mask="bias"),
+    _case("bias per head, d=128", 2, 1, 20, 128, mask="bias"),
+    _case("bias per head, d=256", 1, 2, 18, 256, mask="bias"),
+    _case("sharp scores", 1, 2, 130, 64, sharp=30.0),
+    _case("rope of each head, d=40", 2, 2, 70, 40, rope="interleaved"),
+    _case("rope of halves, bias", 2, 1, 38, 32, mask="bias", rope="half", prefix=5),
 )
+_BENCH = tuple(
+    _case(f"{name}, batch {batch}", batch, h, n, d)
+    for batch in (1, 32, 256)
+    for name, h, n, d in (("ViT-B 224", 12, 197, 64), ("ViT-B 384", 12, 577, 64))
+)
+_QKV_CASES = (
+    _qkv_case("one token", 2, 1, 1, 32),
+    _qkv_case("ViT-Ti 224", 1, 3, 197, 64),
+    _qkv_case("N=50, d=80", 2, 2, 50, 80),
+    _qkv_case("rope", 2, 1, 21, 32, rope="interleaved"),
+    _qkv_case("rope of halves", 1, 2, 69, 96, rope="half"),
+)
+_QKV_BENCH = (
+    _qkv_case("ViT-B 224, batch 1", 1, 12, 197, 64),
+    _qkv_case("ViT-B 224, batch 256", 256, 12, 197, 64),
+    _qkv_case("DINOv3-B 224, batch 256", 256, 12, 201, 64, rope="half"),
+)
+_PACKED_CASES = (
+    _packed_case("one token", [1], 1, 16),
+    _packed_case("three images, one without tokens", [17, 0, 9], 1, 16),
+    _packed_case("ViT 224 and smaller", [197, 65, 17], 1, 64),
+    _packed_case("d=80", [50, 70], 1, 80),
+    _packed_case("rope", [33, 20], 2, 32, rope="half"),
+)
+_PACKED_BENCH = tuple(
+    _packed_case(f"ViT-B, {count} images of mixed sizes", _mixed_lengths(count), 12, 64)
+    for count in (8, 256)
+)
+SPECS = (
+    OpSpec("attention", attention, attention_reference, _CASES, _BENCH, _flops, _bytes),
+    OpSpec(
+        "attention_qkv", attention_qkv, attention_qkv_reference, _QKV_CASES, _QKV_BENCH,
+        _flops, _bytes,
+    ),
+    OpSpec(
+        "attention_packed", attention_packed, attention_packed_reference, _PACKED_CASES,
+        _PACKED_BENCH, lambda sizes: 4 * sizes["pairs"] * sizes["H"] * sizes["d"],
+        lambda sizes, itemsize: 4 * itemsize * sizes["T"] * sizes["H"] * sizes["d"],
+    ),
+)  # fmt: skip

@@ -1,10 +1,6 @@
-"""Cases, FLOPs and bytes of `mlp`."""
+"""Cases, FLOPs and bytes of `mlp`, behind a norm or not."""
 
-from __future__ import annotations
-
-from typing import Any
-
-from fastvit.kernels._spec import Case, Draw, OpSpec
+from fastvit.kernels._spec import Case, OpSpec, drawn, vit_b
 from fastvit.kernels.mlp.op import mlp
 from fastvit.kernels.mlp.reference import mlp_reference
 
@@ -12,20 +8,11 @@ from fastvit.kernels.mlp.reference import mlp_reference
 def _case(
     name: str, m: int, k: int, f: int, *, activation: str = "gelu", full: bool, norm: bool = False
 ) -> Case:
-    def make(draw: Draw) -> dict[str, Any]:
-        return {
-            "x": draw(m, k),
-            "w1": draw(f, k, std=k**-0.5),
-            "b1": draw(f) if full else None,
-            "w2": draw(k, f, std=f**-0.5),
-            "b2": draw(k) if full else None,
-            "activation": activation,
-            "scale": draw(k) if full else None,
-            "residual": draw(m, k) if full else None,
-            **({"norm_weight": draw(k), "norm_bias": draw(k)} if norm else {}),
-        }
-
-    return Case(name, {"M": m, "K": k, "F": f, "residual": int(full)}, make)
+    return drawn(
+        name, {"M": m, "K": k, "F": f, "residual": int(full)}, {"activation": activation},
+        x="MK", w1="FK/K", b1="F" * full, w2="KF/F", b2="K" * full, scale="K" * full,
+        residual="MK" * full, norm_weight="K" * norm, norm_bias="K" * norm,
+    )  # fmt: skip
 
 
 def _flops(sizes: dict[str, int]) -> int:
@@ -38,38 +25,22 @@ def _bytes(sizes: dict[str, int], itemsize: int) -> int:
     return itemsize * ((2 + sizes["residual"]) * m * k + 2 * k * f + 2 * m * f)
 
 
+def _norm_bytes(sizes: dict[str, int], itemsize: int) -> int:
+    # the normalised rows are written and read once
+    return _bytes(sizes, itemsize) + 2 * itemsize * sizes["M"] * sizes["K"]
+
+
+_CASES = (
+    _case("several tiles", 130, 96, 384, full=True),
+    _case("odd hidden, no bias", 19, 48, 75, full=False),
+    _case("quick_gelu", 50, 64, 256, activation="quick_gelu", full=True),
+)
+_NORM_CASES = (
+    _case("several tiles", 130, 64, 256, full=True, norm=True),
+    _case("odd hidden, silu", 19, 48, 75, activation="silu", full=False, norm=True),
+)
+_BENCH, _NORM_BENCH = (vit_b(_case, 768, 3072, full=True, norm=norm) for norm in (False, True))
 SPECS = (
-    OpSpec(
-        name="mlp",
-        op=mlp,
-        reference=mlp_reference,
-        cases=(
-            _case("several tiles", 130, 96, 384, full=True),
-            _case("odd hidden, no bias", 19, 48, 75, full=False),
-            _case("quick_gelu", 50, 64, 256, activation="quick_gelu", full=True),
-        ),
-        bench_cases=tuple(
-            _case(f"ViT-B, batch {batch}", 197 * batch, 768, 3072, full=True) for batch in (1, 256)
-        ),
-        flops=_flops,
-        bytes=_bytes,
-    ),
-    OpSpec(
-        name="norm_mlp",
-        op=mlp,
-        reference=mlp_reference,
-        cases=(
-            _case("several tiles", 130, 64, 256, full=True, norm=True),
-            _case("odd hidden, silu", 19, 48, 75, activation="silu", full=False, norm=True),
-        ),
-        bench_cases=tuple(
-            _case(f"ViT-B, batch {batch}", 197 * batch, 768, 3072, full=True, norm=True)
-            for batch in (1, 256)
-        ),
-        flops=_flops,
-        bytes=lambda sizes, itemsize: (
-            # the normalised rows are written and read once
-            _bytes(sizes, itemsize) + 2 * itemsize * sizes["M"] * sizes["K"]
-        ),
-    ),
+    OpSpec("mlp", mlp, mlp_reference, _CASES, _BENCH, _flops, _bytes),
+    OpSpec("norm_mlp", mlp, mlp_reference, _NORM_CASES, _NORM_BENCH, _flops, _norm_bytes),
 )

@@ -1,74 +1,44 @@
-"""`norm_linear`: launcher, registration, public function.
+"""`norm_linear`: registration, public function.
 
 Two kernels, as the norm's statistics cannot be found inside the product's loop. What it is for is
 memory: a norm and a linear apart keep the norm's result for the backward, this keeps x alone.
 """
 
-from __future__ import annotations
-
-import math
 from typing import Any
 
 from torch import Tensor
 
-from fastvit.kernels._checks import check_same_dtype, check_shape, check_tensors
-from fastvit.kernels._library import Gradient, define_op, uses_triton
-from fastvit.kernels.layer_norm.op import check_layer_norm, launch_norm
-from fastvit.kernels.linear.op import launch_linear
+from fastvit.kernels._checks import check_same_dtype, check_tensors
+from fastvit.kernels._register import Gradient, define_op
+from fastvit.kernels.layer_norm.op import check_layer_norm
+from fastvit.kernels.linear.op import product_flops
+from fastvit.kernels.norm_linear.launch import norm_linear_backward, prepare, run
 from fastvit.kernels.norm_linear.reference import norm_linear_reference
 
 
-def _launch(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    normal = launch_norm(x, norm_weight, norm_bias, eps, True, dtype=weight.dtype)
-    return launch_linear(normal, weight, bias, "none", None, None)
-
-
-def _fake(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, *_: object
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype)
-
-
-def _flops(
-    x: tuple[int, ...], norm_weight: object, norm_bias: object, weight: tuple[int, ...], *_: object
-) -> int:
-    return 2 * math.prod(x[:-1]) * weight[0] * weight[1]
-
-
-def _backward(*args: Any) -> list[Tensor]:
-    from fastvit.kernels.norm_linear.backward import norm_linear_backward
-
-    return norm_linear_backward(*args)
+def _check(x: Any, norm_weight: Any, norm_bias: Any, weight: Any, bias: Any, eps: float) -> None:
+    check_layer_norm("norm_linear", x, norm_weight, norm_bias)
+    check_tensors("norm_linear", x=(x, "... K"), weight=(weight, "N K"), bias=(bias, "N"))
+    check_same_dtype("norm_linear", x, weight=weight, bias=bias)
 
 
 _norm_linear = define_op(
     "norm_linear",
-    "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps)",
-    launch=_launch,
-    eager=norm_linear_reference,
-    fake=_fake,
-    flops=_flops,
+    "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps",
+    _check, prepare, run, eager=norm_linear_reference,
+    fake=lambda x, norm_weight, norm_bias, weight, *rest: x.new_empty(
+        (*x.shape[:-1], weight.shape[0]), dtype=weight.dtype
+    ),
+    flops=lambda x, norm_weight, norm_bias, weight, *rest: product_flops(x, weight),
     autocast=("weight", "bias"),  # the norm reads x as it is
-    gradient=Gradient(_backward),
-)
+    gradient=Gradient(norm_linear_backward),
+)  # fmt: skip
 
 
 def norm_linear(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-) -> Tensor:
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor,
+    bias: Tensor | None = None, *, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
     """LN(x) W^T + b, of which the backward keeps x only and computes LN(x) again.
 
     Args:
@@ -86,14 +56,4 @@ def norm_linear(
 
     Source: ViT paper (arXiv:2010.11929), equation 2.
     """
-    check_layer_norm("norm_linear", x, norm_weight, norm_bias)
-    check_tensors("norm_linear", x, weight=weight, bias=bias)
-    check_same_dtype("norm_linear", x, weight=weight, bias=bias)
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"norm_linear: x {list(x.shape)} and weight {list(weight.shape)} do not fit "
-            "[..., K], [N, K]"
-        )
-    check_shape("norm_linear", "bias", bias, weight.shape[0])
-    op = _norm_linear if uses_triton(x) else norm_linear_reference
-    return op(x, norm_weight, norm_bias, weight, bias, eps)
+    return _norm_linear.apply((x, norm_weight, norm_bias, weight, bias), eps)

@@ -1,190 +1,75 @@
-"""`patch_embed`: launcher, registration, public function."""
+"""`patch_embed`: registration, public function."""
 
-from __future__ import annotations
-
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvit.kernels._checks import check_same_dtype, check_shape, check_tensors
-from fastvit.kernels._device import architecture
-from fastvit.kernels._library import Gradient, define_op, launch, uses_triton
-from fastvit.kernels._tuning import cdiv, lookup
-from fastvit.kernels.linear.op import GROUP_M, float32_precision, result_dtype
+from fastvit.kernels._checks import check_floats, check_same_dtype, check_shapes
+from fastvit.kernels._launch import run_to_output
+from fastvit.kernels._register import Gradient, define_op
+from fastvit.kernels.linear.launch import result_dtype
+from fastvit.kernels.patch_embed.launch import Values, patch_embed_backward, prepare, tokens_of
 from fastvit.kernels.patch_embed.reference import patch_embed_reference
 
 
-class Normalization(NamedTuple):
-    """Pixels x as the projection wants them are (x - shift) / divisor + offset, channel by channel;
-    `shift` is the middle of their range."""
-
-    shift: float
-    divisor: Tensor  # [C, 1, 1]
-    offset: Tensor  # [C, 1, 1]
-
-
-def normalization(
-    images: Tensor, weight: Tensor, mean: list[float] | None, std: list[float] | None
-) -> Normalization | None:
-    """What becomes of pixels before the projection; None for nothing."""
-    is_bytes = images.dtype == torch.uint8
-    if not is_bytes and mean is None and std is None:
-        return None
-    full_scale, shift = (255.0, 128.0) if is_bytes else (1.0, 0.5)
-    channels = weight.shape[1]
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    mean_c = _constant(tuple(mean or [0.0] * channels), wide, weight.device)[:, None, None]
-    std_c = _constant(tuple(std or [1.0] * channels), wide, weight.device)[:, None, None]
-    return Normalization(shift, full_scale * std_c, (shift / full_scale - mean_c) / std_c)
-
-
-def fold_normalization(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> tuple[Tensor, Tensor | None, float]:
-    """Weight, bias and shift that take raw pixels: W((x / r - mean) / std) + b becomes
-    W'(x - shift) + b', with W' = W / (r std) and b' = b + sum over W of (shift / r - mean) / std.
-
-    Folding around mid-range (128, or 0.5 for floats) keeps the operand small, so that its rounding
-    to the weight's dtype is as small as that of normalised pixels.
-    """
-    norm = normalization(images, weight, mean, std)
-    if norm is None:
-        return weight, bias, 0.0
-    wide_weight = weight.to(norm.divisor.dtype)
-    offset = wide_weight.sum(dim=(2, 3)) @ norm.offset.flatten()  # (D, C) @ (C)
-    folded = (wide_weight / norm.divisor).to(weight.dtype)
-    return folded, offset if bias is None else bias.to(offset.dtype) + offset, norm.shift
+def _check(
+    weight: Any, images: Any, bias: Any, pos_embed: Any, prefix: Any, mean: Values | None,
+    std: Values | None,
+) -> None:  # fmt: skip
+    op = "patch_embed"
+    floats = {} if images.dtype == torch.uint8 else {"images": images}
+    check_floats(op, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix, **floats)
+    check_same_dtype(op, weight, bias=bias, **floats)
+    check_shapes(
+        op, weight=(weight, "D C ph pw"), images=(images, "B C H W"), bias=(bias, "D"),
+        pos_embed=(pos_embed, "positions D"), prefix=(prefix, "P D"),
+    )  # fmt: skip
+    _, channels, patch_h, patch_w = weight.shape
+    height, width = images.shape[2:]
+    if height % patch_h or width % patch_w or height == 0 or width == 0:
+        raise ValueError(
+            f"{op}: patches of {patch_h}x{patch_w} do not tile an image of {height}x{width}"
+        )
+    patches, tokens = tokens_of(weight, images, prefix)
+    if pos_embed is not None and pos_embed.shape[0] != patches and pos_embed.shape[0] != tokens:
+        raise ValueError(
+            f"{op}: pos_embed {list(pos_embed.shape)} has neither {patches} nor {tokens} rows"
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{op}: {name} has {len(values)} values for {channels} channels")
+    if std is not None and any(value == 0 for value in std):
+        raise ValueError(f"{op}: std {list(std)} contains 0")
 
 
-@functools.lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copied to the device once: a copy from the host waits, and cannot be captured in a graph."""
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
-def _launch(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
-    import triton.language as tl
-
-    from fastvit.kernels.patch_embed.kernel import patch_embed_kernel
-
-    out = _fake(images, weight, bias, pos_embed, prefix, mean, std)
-    if out.numel() == 0:
-        return out
-    batch, tokens, width = out.shape
-    prefix_count = 0 if prefix is None else prefix.shape[0]
-    patch_h, patch_w = weight.shape[2:]
-    k = weight.shape[1] * patch_h * patch_w
-    folded, offset, shift = fold_normalization(images, weight, bias, mean, std)
-    m = batch * tokens
-    tile = lookup("patch_embed", architecture(images.device), weight.dtype, M=m, N=width, K=k)
-    programs = cdiv(m, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N)
-    launch(
-        patch_embed_kernel,
-        programs,
-        tile,
-        image_ptr=images,
-        weight_ptr=folded.contiguous(),
-        bias_ptr=None if offset is None else offset.contiguous(),
-        pos_ptr=None if pos_embed is None else pos_embed.contiguous(),
-        prefix_ptr=None if prefix is None else prefix.contiguous(),
-        out_ptr=out,
-        B=batch,
-        T=tokens,
-        D=width,
-        GRID_W=images.shape[3] // patch_w,
-        stride_ib=images.stride(0),
-        stride_ic=images.stride(1),
-        stride_ih=images.stride(2),
-        stride_iw=images.stride(3),
-        RUN=math.gcd(16, patch_w, *images.stride()[:3]) if images.stride(3) == 1 else 1,
-        SHIFT=shift,
-        PREFIX=prefix_count,
-        POS_ON_PREFIX=pos_embed is not None and pos_embed.shape[0] == tokens,
-        K=k,
-        PH=patch_h,
-        PW=patch_w,
-        PRECISION=float32_precision(weight.dtype),
-        ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
-        GROUP_M=GROUP_M,
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-    )
-    return out
-
-
-def _fake(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
-    patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
-    tokens = patches + (0 if prefix is None else prefix.shape[0])
-    shape = (images.shape[0], tokens, weight.shape[0])
+def _fake(weight: Tensor, images: Tensor, bias: Any, pos_embed: Any, prefix: Any, *_: Any) -> Any:
+    shape = (images.shape[0], tokens_of(weight, images, prefix)[1], weight.shape[0])
     return images.new_empty(shape, dtype=result_dtype(weight, pos_embed, prefix))
 
 
-def _flops(images: tuple[int, ...], weight: tuple[int, ...], *rest: object) -> int:
-    d, c, ph, pw = weight
-    return 2 * images[0] * (images[2] // ph) * (images[3] // pw) * d * c * ph * pw
-
-
-def _backward(*args: Any) -> list[Tensor]:
-    from fastvit.kernels.patch_embed.backward import patch_embed_backward
-
-    return patch_embed_backward(*args)
+def _flops(weight: Tensor, images: Tensor, *rest: object) -> int:
+    return 2 * images.shape[0] * tokens_of(weight, images, None)[0] * math.prod(weight.shape)
 
 
 _patch_embed = define_op(
     "patch_embed",
-    "(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
-    "float[]? mean, float[]? std)",
-    launch=_launch,
-    eager=patch_embed_reference,
-    fake=_fake,
-    flops=_flops,
-    autocast=("images", "weight", "bias"),
-    gradient=Gradient(_backward),
-)
-
-
-def _check_statistics(name: str, values: Sequence[float] | None, channels: int) -> None:
-    if values is not None and len(values) != channels:
-        raise ValueError(f"patch_embed: {name} has {len(values)} values for {channels} channels")
-    if name == "std" and values is not None and any(value == 0 for value in values):
-        raise ValueError(f"patch_embed: std {list(values)} contains 0")
+    "Tensor weight, Tensor images, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
+    "float[]? mean, float[]? std",
+    _check, prepare, run_to_output,
+    eager=lambda weight, images, *rest: patch_embed_reference(images, weight, *rest),
+    fake=_fake, flops=_flops, autocast=("weight", "images", "bias"),
+    gradient=Gradient(patch_embed_backward),
+)  # fmt: skip
 
 
 def patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    pos_embed: Tensor | None = None,
-    prefix: Tensor | None = None,
-    mean: Sequence[float] | None = None,
+    images: Tensor, weight: Tensor, bias: Tensor | None = None, *, pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Finished tokens from pixels: projection, bias, position, CLS and register rows in one store.
 
     Args:
@@ -206,49 +91,6 @@ def patch_embed(
 
     Source: ViT paper (arXiv:2010.11929), equation 1.
     """
-    check_tensors("patch_embed", weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
-    if images.device != weight.device:
-        raise ValueError(
-            f"patch_embed: images are on {images.device}, the weight on {weight.device}"
-        )
-    check_same_dtype("patch_embed", weight, bias=bias)
-    if images.dtype != torch.uint8:
-        check_tensors("patch_embed", images)
-        check_same_dtype("patch_embed", images, weight=weight)
-    if images.dim() != 4 or weight.dim() != 4 or images.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"patch_embed: images {list(images.shape)} and weight {list(weight.shape)} do not fit "
-            "[B, C, H, W], [D, C, p, p]"
-        )
-    width, channels, patch_h, patch_w = weight.shape
-    height_px, width_px = images.shape[2:]
-    if height_px % patch_h or width_px % patch_w or height_px == 0 or width_px == 0:
-        raise ValueError(
-            f"patch_embed: patches of {patch_h}x{patch_w} do not tile an image of "
-            f"{height_px}x{width_px}"
-        )
-    patches = (height_px // patch_h) * (width_px // patch_w)
-    check_shape("patch_embed", "bias", bias, width)
-    prefix_count = 0
-    if prefix is not None:
-        prefix_count = prefix.shape[0]
-        check_shape("patch_embed", "prefix", prefix, prefix_count, width)
-    # one by one: Dynamo compares tuples of symbolic sizes as objects
-    if pos_embed is not None and not (
-        pos_embed.dim() == 2
-        and (pos_embed.shape[0] == patches or pos_embed.shape[0] == prefix_count + patches)
-        and pos_embed.shape[1] == width
-    ):
-        raise ValueError(
-            f"patch_embed: pos_embed {list(pos_embed.shape)} is neither [{patches}, {width}] nor "
-            f"[{prefix_count + patches}, {width}]"
-        )
-    _check_statistics("mean", mean, channels)
-    _check_statistics("std", std, channels)
-    args = (
-        images, weight, bias, pos_embed, prefix,
-        None if mean is None else [float(value) for value in mean],
-        None if std is None else [float(value) for value in std],
-    )  # fmt: skip
-    op = _patch_embed if uses_triton(weight) else patch_embed_reference
-    return op(*args)
+    mean = None if mean is None else tuple(map(float, mean))
+    std = None if std is None else tuple(map(float, std))
+    return _patch_embed.apply((weight, images, bias, pos_embed, prefix), mean, std)

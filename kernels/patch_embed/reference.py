@@ -8,14 +8,10 @@ from torch import Tensor
 
 
 def patch_embed_reference(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    pos_embed: Tensor | None = None,
-    prefix: Tensor | None = None,
-    mean: Sequence[float] | None = None,
+    images: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Projected patches behind the prefix rows, position added; as in `fastvit.ops.patch_embed`."""
     if images.dtype == torch.uint8:
         images = images.to(weight.dtype) / 255

@@ -10,27 +10,26 @@ from fastvit._compat import import_timm
 import_timm()  # before all else of timm; unpickling an accelerated model comes here first
 
 from timm.layers import AttentionPoolLatent, PatchEmbed  # noqa: E402
-from timm.models.vision_transformer import Block  # noqa: E402
 from torch import nn  # noqa: E402
 
-from fastvit.accelerate import common  # noqa: E402
-from fastvit.accelerate.common import Obstacle  # noqa: E402
+from fastvit.accelerate import block, single  # noqa: E402
+from fastvit.accelerate.block import original_of  # noqa: E402
 from fastvit.accelerate.plan import Part  # noqa: E402
 from fastvit.accelerate.timm import blocks, models, structure  # noqa: E402
 from fastvit.accelerate.timm.blocks import FastBlock  # noqa: E402
 from fastvit.accelerate.timm.embed import (  # noqa: E402
+    METHODS,
     FastPatchEmbed,
     embeds_positions,
     patch_obstacle,
 )
+from fastvit.obstacles import Obstacle, conv_obstacle, patched  # noqa: E402
 
-__all__ = ["FAST", "ORIGINAL", "FastBlock", "find"]
+__all__ = ["FAST", "FastBlock", "find"]
 
 FAST: dict[type[nn.Module], type[nn.Module]] = (
-    common.FAST | models.FAST | blocks.FAST | {PatchEmbed: FastPatchEmbed}
+    single.FAST | models.FAST | blocks.FAST | {PatchEmbed: FastPatchEmbed}
 )
-ORIGINAL = {fast: original for original, fast in FAST.items()}
-Found = tuple[str, Obstacle | None]  # the ops that a module can run, and what stands in the way
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -38,19 +37,13 @@ def find(model: nn.Module) -> list[Part]:
     parts: list[Part] = []
     roles: dict[nn.Module, str] = {}  # of the children of timm's models
     for name, module in model.named_modules():
-        kind = ORIGINAL.get(type(module), type(module))
+        kind = original_of(type(module))
         if kind in models.FAST:
-            parts.append(Part(module, FAST[kind], row=None, graphed=FAST[kind]))
+            found = patched(kind, "forward", *METHODS)
+            parts += block.model_parts(name, module, FAST[kind], "timm", found)
             roles |= _roles(module)
-            continue
-        found = _look_at(module, kind, roles.get(module, ""))
-        if found is None:
-            continue
-        runs, obstacle = found
-        row = common.make_row(name, kind, runs, "timm", obstacle, block=_is_block(module, kind))
-        stays = obstacle is not None and obstacle.lasting
-        form = FastBlock if row.fused and kind is Block and blocks.is_own(module) else None
-        parts.append(Part(module, None if stays else FAST[kind], row, inference=form))
+        elif (part := _part(name, module, kind, roles.get(module, ""))) is not None:
+            parts.append(part)
     return parts
 
 
@@ -68,27 +61,31 @@ def _is_block(module: nn.Module, kind: type[nn.Module]) -> bool:
     return of_timm or isinstance(module, tuple(structure.BLOCKS))
 
 
-def _look_at(module: Any, kind: type[nn.Module], role: str) -> Found | None:
+def _part(name: str, module: Any, kind: type[nn.Module], role: str) -> Part | None:  # noqa: PLR0911
     """None for a module of no interest."""
+
+    def single_part(runs: str, obstacle: Obstacle | None) -> Part:
+        return single.single_part(name, module, FAST.get(kind), runs, "timm", obstacle)
+
     if kind in structure.BLOCKS or kind is AttentionPoolLatent:
-        return _ops_of(module), structure.obstacle(module, kind)
+        is_block = kind in structure.BLOCKS
+        return block.block_part(name, module, FAST[kind], _ops_of(module), "timm", is_block)
     if kind is PatchEmbed:
         positions = ", positions and prefix tokens" if role.endswith("positions") else ""
-        return f"patch_embed{positions}", patch_obstacle(module)
-    if role == "embeds.proj" and kind in (nn.Conv2d, nn.Linear):
-        return _look_at_projection(module, kind)
+        return single_part(f"patch_embed{positions}", patch_obstacle(module))
+    if role == "embeds.proj" and kind is nn.Conv2d:
+        return single_part("patch_embed", conv_obstacle(module))
+    if role == "embeds.proj" and kind is nn.Linear:
+        return single_part(
+            "linear", structure.single_obstacle(module, frozenset({kind, FAST[kind]}))
+        )
     if role in ("norm_pre", "norm", "fc_norm") and kind is not nn.Identity:
-        return _norm_op(kind), _norm_obstacle(module, kind)
+        return single_part(_norm_op(kind), _norm_obstacle(module, kind))
     if _is_block(module, kind) or role in ("patch_embed", "embeds.proj", "attn_pool"):
-        return "", Obstacle(f"{kind.__name__} has no fused form yet", lasting=True)
+        obstacle = Obstacle(f"{kind.__name__} has no fused form yet", lasting=True)
+        row = block.make_row(name, kind, "", "timm", obstacle, block=_is_block(module, kind))
+        return Part(module, None, row)
     return None
-
-
-def _look_at_projection(projection: Any, kind: type[nn.Module]) -> Found:
-    """Of images, or of patches cut out before."""
-    if kind is nn.Conv2d:
-        return "patch_embed", common.conv_obstacle(projection)
-    return "linear", structure.obstacle_of(projection, (kind, FAST[kind]))
 
 
 def _norm_op(kind: type[nn.Module]) -> str:

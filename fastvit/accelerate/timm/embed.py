@@ -15,24 +15,25 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fastvit import ops
-from fastvit.accelerate.common import Obstacle
+from fastvit.accelerate.block import applies, fast, library_class
 from fastvit.accelerate.timm import structure
+from fastvit.obstacles import Obstacle, conv_obstacle, global_hook, is_traced, patched
 from fastvit.pos_embed import resample_pos_embed
+
+METHODS = ("_pos_embed", "forward_features")  # what a model's fast class does not call
 
 
 def patch_obstacle(embed: Any) -> Obstacle | None:
     """Why `embed`, of timm's exact class `PatchEmbed`, runs timm's forward now; None if it need
     not. Its norm may be any."""
-    proj = embed.proj
-    found = structure.obstacle_of(proj, structure.CONV)
+    found = structure.single_obstacle(embed.proj, structure.CONV)
     if found is not None:
-        return Obstacle(f"proj {found.reason}", found.lasting)
-    tiles = proj.stride == proj.kernel_size and proj.padding == (0, 0) and proj.dilation == (1, 1)
-    if not tiles or proj.groups != 1:
-        return Obstacle(f"{proj} does not cut patches side by side", lasting=True)
+        return found.within("proj")
+    if (found := conv_obstacle(embed.proj)) is not None:
+        return found
     if not embed.flatten and embed.output_fmt != "NHWC":
         return Obstacle(f"output format is {embed.output_fmt.value}", lasting=True)
-    return structure.global_hook()
+    return global_hook()
 
 
 def embeds_positions(vit: Any) -> bool:
@@ -42,9 +43,12 @@ def embeds_positions(vit: Any) -> bool:
         return False  # timm's versions differ in what prefix tokens there are then
     return (
         isinstance(embed, PatchEmbed)
-        and structure.obstacle_of(embed, (PatchEmbed, FastPatchEmbed)) is None
-        and structure.obstacle_of(embed.norm, structure.IDENTITY) is None
-        and "_pos_embed" not in vit.__dict__
+        and not is_traced()
+        and structure.single_obstacle(embed, frozenset({PatchEmbed, FastPatchEmbed})) is None
+        and patched(PatchEmbed) is None
+        and structure.single_obstacle(embed.norm, structure.IDENTITY) is None
+        and patched(library_class(vit), *METHODS) is None
+        and not any(name in vit.__dict__ for name in METHODS)
         and embed.flatten != getattr(vit, "dynamic_img_size", False)  # else timm's path objects
         and patch_obstacle(embed) is None
     )
@@ -96,11 +100,13 @@ def pixels_of(embed: Any, images: Tensor) -> Tensor | None:
     return None if height % patch_h or width % patch_w else images
 
 
+@fast(PatchEmbed)
 class FastPatchEmbed(PatchEmbed):
     """timm's `PatchEmbed` on our kernel: projection and bias; the models' classes add more."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) to (B, N, D) or (B, H/p, W/p, D)
-        pixels = None if patch_obstacle(self) is not None else pixels_of(self, x)
+        fused = applies(self, x) and patch_obstacle(self) is None
+        pixels = pixels_of(self, x) if fused else None
         if pixels is None:
             return super().forward(x)
         tokens = ops.patch_embed(pixels, self.proj.weight, self.proj.bias)

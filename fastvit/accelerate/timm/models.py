@@ -18,7 +18,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from fastvit.accelerate import graphs
-from fastvit.accelerate.common import at_precision
+from fastvit.accelerate.block import fast
+from fastvit.accelerate.precision import at_precision
 from fastvit.accelerate.timm.embed import embed_tokens
 
 
@@ -63,6 +64,7 @@ class _MaskedModel(_FastModel):
         return self._forward(x, attn_mask=attn_mask, is_causal=is_causal)
 
 
+@fast(VisionTransformer)
 class FastVisionTransformer(_MaskedModel, VisionTransformer):
     """timm's `VisionTransformer`, from pixels to finished tokens in one kernel."""
 
@@ -86,6 +88,7 @@ class FastVisionTransformer(_MaskedModel, VisionTransformer):
         return self.norm(x)
 
 
+@fast(VisionTransformerDistilled)
 class FastVisionTransformerDistilled(FastVisionTransformer, VisionTransformerDistilled):
     """timm's `VisionTransformerDistilled`, as `FastVisionTransformer`."""
 
@@ -93,6 +96,7 @@ class FastVisionTransformerDistilled(FastVisionTransformer, VisionTransformerDis
         return self.cls_token, self.dist_token
 
 
+@fast(Eva)
 class FastEva(_MaskedModel, Eva):
     """timm's `Eva`, from pixels to finished tokens in one kernel."""
 
@@ -126,6 +130,7 @@ class FastEva(_MaskedModel, Eva):
         return rope.get_embed(shape=self.patch_embed.grid_size)
 
 
+@fast(Beit)
 class FastBeit(_FastModel, Beit):
     """timm's `Beit`, from pixels to finished tokens in one kernel."""
 
@@ -140,6 +145,7 @@ class FastBeit(_FastModel, Beit):
         return self.norm(x)
 
 
+@fast(VisionTransformerRelPos)
 class FastVisionTransformerRelPos(_FastModel, VisionTransformerRelPos):
     """timm's `VisionTransformerRelPos`, from pixels to finished tokens in one kernel."""
 
@@ -154,6 +160,7 @@ class FastVisionTransformerRelPos(_FastModel, VisionTransformerRelPos):
         return self.norm(x)
 
 
+@fast(NaFlexVit)
 class FastNaFlexVit(_FastModel, NaFlexVit):
     """timm's `NaFlexVit`."""
 

@@ -8,10 +8,8 @@ timm does not have are left out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
 from typing import Any
 
-import torch
 from timm import layers as timm_layers
 from timm.layers import AttentionPoolLatent, DropPath, GluMlp, LayerNorm, Mlp, RmsNorm, SwiGLU
 from timm.models import beit, vision_transformer
@@ -29,12 +27,10 @@ from timm.models.vision_transformer_relpos import (
     RelPosBlock,
     ResPostRelPosBlock,
 )
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import nn
 
-from fastvit.accelerate.common import GLOBAL_HOOK, Obstacle
-
-MAX_HEAD_DIM = 256
+from fastvit.accelerate.block import library_class
+from fastvit.obstacles import Obstacle, module_obstacle, wanted_of
 
 Kinds = frozenset[type[nn.Module]]
 Expected = dict[str, Kinds]  # classes each submodule may have in the fused form, by its name
@@ -69,7 +65,6 @@ _ACTIVATION: Kinds = frozenset(
 )
 _ANY_MLP: Kinds = frozenset({Mlp, GluMlp, SwiGLU})
 _LIST: Kinds = frozenset({nn.ModuleList})
-_ANYTHING: Kinds = frozenset({nn.Module})  # is called as a layer, so may be what it likes
 
 _QKV: Expected = {
     "qkv": LINEAR, "attn_drop": _DROPOUT, "proj": LINEAR, "proj_drop": _MAY_DROP,
@@ -98,7 +93,7 @@ PARTS: dict[type[nn.Module], Expected] = {
     EvaAttention: _SPLIT_ATTENTION,
     AttentionRope: _SPLIT_ATTENTION,
     beit.Attention: _QKV,
-    RelPosAttention: _QKV | _QK_NORM | {"rel_pos": _ANYTHING},
+    RelPosAttention: _QKV | _QK_NORM,
     AttentionPoolLatent: _QK_NORM | {
         "q": LINEAR | IDENTITY, "kv": LINEAR, "proj": LINEAR | IDENTITY, "proj_drop": _DROPOUT,
         "norm": _MAY_NORM, "mlp": frozenset({Mlp}),
@@ -115,7 +110,7 @@ PARTS: dict[type[nn.Module], Expected] = {
     ResPostRelPosBlock: _REL_POS,
     ParallelScalingBlock: _PARALLEL,
     ParallelThingsBlock: {"attns": _LIST, "ffns": _LIST},
-    nn.ModuleList: {"*": frozenset({nn.Sequential})},  # those two
+    nn.ModuleList: {"*": frozenset({nn.Sequential})},  # of attns and ffns
     nn.Sequential: {
         "norm": NORM, "attn": DIFF_ATTENTION | {Attention}, "mlp": _ANY_MLP, "ls": _LAYER_SCALE,
         "drop_path": _DROP_PATH,
@@ -125,70 +120,14 @@ for _kind in DIFF_ATTENTION:
     PARTS[_kind] = _QKV | _QK_NORM | {"norm": _MAY_NORM, "sub_norm": NORM}
 for _kind in DIFF_PARALLEL:
     PARTS[_kind] = _PARALLEL | {"sub_norm": NORM}
-_PLAIN_WEIGHT = frozenset({nn.Parameter, Tensor, type(None)})  # not quantised, not sharded
 
 
-# --------------------------------------------------------------------------- obstacles
+def wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    """As `obstacles.layer_obstacle` asks."""
+    parts = PARTS.get(library_class(parent), {})
+    return wanted_of(parts.get(name, parts.get("*", frozenset())), kind)
 
 
-def obstacle_of(module: nn.Module, expected: Collection[type]) -> Obstacle | None:
+def single_obstacle(module: nn.Module, expected: Kinds) -> Obstacle | None:
     """Why an op may not stand in for calling `module`, which should be of one class `expected`."""
-    if type(module) not in expected:
-        fused = " or ".join(sorted({kind.__name__ for kind in expected})) or "nothing of that name"
-        return Obstacle(f"is {type(module).__name__}; fused is {fused}", lasting=True)
-    state = module.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    ):
-        return Obstacle("has a hook or a forward of its own", lasting=False)
-    weight = type(state["_parameters"].get("weight"))
-    # torch.export puts fake tensors in the place of parameters
-    if weight not in _PLAIN_WEIGHT and not torch.compiler.is_exporting():
-        return Obstacle(f"has a weight of class {weight.__name__}", lasting=True)
-    return None
-
-
-def _obstacle_below(parent: nn.Module, kind: type[nn.Module], prefix: str = "") -> Obstacle | None:
-    """As `obstacle_of`, for everything inside `parent`, which is as timm's `kind`."""
-    parts = PARTS[kind]
-    for name, child in parent._modules.items():
-        expected = parts.get(name, parts.get("*", ()))
-        if child is None or expected is _ANYTHING:
-            continue
-        found = obstacle_of(child, expected)
-        if found is not None:
-            return Obstacle(f"{prefix}{name} {found.reason}", found.lasting)
-        if type(child) in PARTS:
-            found = _obstacle_below(child, type(child), f"{prefix}{name}.")
-            if found is not None:
-                return found
-    problem = _head_problem(parent)
-    return None if problem is None else Obstacle(f"{prefix}{problem}", lasting=True)
-
-
-def _head_problem(attn: Any) -> str | None:
-    """What of an attention module's settings `ops.attention` cannot do."""
-    head_dim = getattr(attn, "head_dim", None)
-    if head_dim is None:
-        if type(attn) is not beit.Attention:
-            return None
-        head_dim = attn.qkv.out_features // (3 * attn.num_heads)
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim is {head_dim}, above {MAX_HEAD_DIM}"
-    if not attn.fused_attn and attn.scale != head_dim**-0.5:
-        return f"scale is {attn.scale}, not head_dim**-0.5"
-    return None
-
-
-def global_hook() -> Obstacle | None:
-    """A hook on every module of the process, which calls of our ops would not trigger."""
-    return GLOBAL_HOOK if _has_any_global_hook() else None
-
-
-def obstacle(module: nn.Module, kind: type[nn.Module]) -> Obstacle | None:
-    """Why `module`, as timm's exact class `kind`, runs timm's forward now; None if it need not."""
-    return global_hook() or _obstacle_below(module, kind)
+    return module_obstacle(module, wanted_of(expected, type(module)))

@@ -1,0 +1,272 @@
+"""A pre-norm block with its linears in e4m3, for inference. Its weights are its own (`derived.py`)
+and it runs in eval mode without gradients; in every other case a block runs as without them.
+
+Shape legend: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+
+from fastvit import parts as whole
+from fastvit.accelerate.derived import Derived, Sources
+from fastvit.kernels.linear_fp8.op import (
+    E4M3,
+    E4M3_MAX,
+    fp8_layer_norm,
+    fp8_linear,
+    fp8_quantize,
+)
+from fastvit.parts import Parts, Rope, Weights, apply_norm, factor, weights_of
+
+QUANTIZED = "fastvit_quantized"  # attribute of a block that was given a `Quantized`
+# inputs of a block's linears, by the names that timm has for those
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+_own_capture: ContextVar[bool] = ContextVar("own_capture", default=False)
+
+
+@contextlib.contextmanager
+def own_capture() -> Iterator[None]:
+    """Within, a CUDA graph is captured whose owner refreshes derived weights before a replay."""
+    token = _own_capture.set(True)
+    try:
+        yield
+    finally:
+        _own_capture.reset(token)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def may_derive(x: object) -> bool:
+    """Whether weights may be derived in the forward of `x`: nothing is differentiated, traced or
+    captured."""
+    return (
+        type(x) is Tensor  # neither fake nor a subclass
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and peek_interpreter_stack() is None  # vmap, jvp
+        # whoever replays another's graph would not refresh the weights that it reads
+        and (_own_capture.get() or not _capturing(x))
+    )
+
+
+def _has_versions(layer: nn.Module) -> bool:
+    """Whether changes of its parameters are counted: not of those made in inference mode."""
+    return not any(p is not None and p.is_inference() for p in layer._parameters.values())
+
+
+def can_quantize(parts: Parts) -> bool:
+    """Whether a block has a form with e4m3 linears: with LayerNorms and the usual attention."""
+    norms = parts.norm1, parts.norm2
+    plain = parts.out_gate is None and parts.attend is None
+    return plain and all(isinstance(norm, nn.LayerNorm) for norm in norms)
+
+
+# --------------------------------------------------------------------------- e4m3
+
+
+class Quantized:
+    """What one block keeps for inference: all its linears in e4m3, weights with a scale for each
+    row, activations with one that was calibrated; quantised by the norm, the activation or a small
+    kernel before. The residual stream keeps a half dtype: that of the block's input, bfloat16 for
+    wider ones. Copies and pickles keep no derived weights.
+
+    Args:
+        scales: of the inputs of `LINEARS`.
+    """
+
+    def __init__(self, scales: dict[str, float]) -> None:
+        self.scales = scales
+        self.derived: dict[str, Derived] = {}
+
+    def __reduce__(self) -> tuple[type[Quantized], tuple[dict[str, float]]]:
+        return Quantized, (self.scales,)
+
+    def applies(self, block: nn.Module, parts: Parts, x: Tensor) -> bool:
+        """Whether a block may run in e4m3 for `x` now."""
+        return may_derive(x) and self.fits(block, parts, x)
+
+    def fits(self, block: nn.Module, parts: Parts, x: Tensor) -> bool:
+        """Whether a block may where `may_derive`. Runs for every block in every forward."""
+        drops = (
+            parts.drop1, parts.drop_path1, parts.hidden_drop, parts.drop2, parts.drop_path2
+        )  # fmt: skip
+        layers = (parts.norm1, *parts.qkv, parts.out, parts.norm2, parts.fc1, parts.fc2)
+        return (
+            x.dtype != torch.float64
+            and not block.training
+            and not parts.attn.training
+            and "_is_replica" not in block.__dict__  # of DataParallel, for one forward only
+            and can_quantize(parts)
+            and not any(drop is not None and drop.training for drop in drops)
+            and all(map(_has_versions, layers))
+        )
+
+    def run(
+        self, parts: Parts, x: Tensor, mask: Tensor | None = None, rope: Rope | None = None
+    ) -> Tensor:
+        """[B, N, D] to the same in a half dtype."""
+        scales = self.scales
+        dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+        x = x.to(dtype)
+        h = _normed(parts.norm1, x, scales["attn.qkv"])
+        layers = map(parts.qkv_weights, parts.qkv)
+        qkv = [self._linear("attn.qkv", i, w, h, dtype=dtype) for i, w in enumerate(layers)]
+        out = whole.attend_projected(parts, qkv, mask, rope)
+        h = fp8_quantize(out, out_scale=scales["attn.proj"])
+        x = self._linear(
+            "attn.proj", 0, weights_of(parts.out), h, scale=factor(parts.scale1), residual=x,
+            dtype=dtype,
+        )  # fmt: skip
+        h = self._hidden(parts, _normed(parts.norm2, x, scales["mlp.fc1"]), dtype)
+        return self._linear(
+            "mlp.fc2", 0, weights_of(parts.fc2), h, scale=factor(parts.scale2), residual=x,
+            dtype=dtype,
+        )  # fmt: skip
+
+    def _hidden(self, parts: Parts, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What fc2 takes, in e4m3, of what fc1 does."""
+        out_scale, weights = self.scales["mlp.fc2"], weights_of(parts.fc1)
+        options: dict[str, Any] = {"activation": parts.activation, "dtype": dtype}
+        if parts.gate is not None:
+            h = self._linear("mlp.fc1", 0, weights, x, dtype=dtype)
+            h = h * self._linear("mlp.fc1", 1, weights_of(parts.gate), x, **options)
+        elif parts.gate_half is not None:
+            h = self._linear("mlp.fc1", 0, weights, x, dtype=dtype).chunk(2, dim=-1)
+            activation = whole.ops.ACTIVATIONS[parts.activation or "none"]
+            h = activation(h[parts.gate_half]) * h[1 - parts.gate_half]
+        elif parts.hidden_norm is None:
+            return self._linear("mlp.fc1", 0, weights, x, out_scale=out_scale, **options)
+        else:
+            h = self._linear("mlp.fc1", 0, weights, x, **options)
+        return fp8_quantize(apply_norm(parts.hidden_norm, h), out_scale=out_scale)
+
+    def _linear(self, name: str, i: int, weights: Weights, x: Tensor, **options: Any) -> Tensor:
+        """The i-th of those linears that share an input."""
+        scale = self.scales[name]
+        derived = self.derived.setdefault(
+            f"{name}.{i}", Derived(lambda weight: quantize(weight, scale))
+        )
+        weight, factor = cast(tuple[Tensor, Tensor], derived.get(weights[0]))
+        return fp8_linear(x, weight, factor, weights[1], **options)
+
+    def refresh(self) -> bool:
+        """Whether a weight had new values; what is derived of it then has too."""
+        return any([derived.refresh() for derived in self.derived.values()])
+
+    def tensors(self) -> list[Sources | None]:
+        """All that is derived now."""
+        return [derived.tensors for derived in self.derived.values()]
+
+
+def _normed(norm: Any, x: Tensor, out_scale: float) -> Tensor:
+    weight, bias = weights_of(norm)
+    if weight is not None and weight.dtype != x.dtype:
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    return fp8_layer_norm(x, weight, bias, norm.eps, out_scale=out_scale)
+
+
+def quantize(weight: Tensor, x_scale: float) -> tuple[Tensor, Tensor]:
+    """[N, K] as e4m3 with a scale for each row, and float32 [N], those scales times `x_scale`."""
+    weight = weight.float()
+    largest = weight.abs().amax(dim=1)
+    scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    values = (weight / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    return values.to(E4M3).contiguous(), scale * x_scale
+
+
+class Watch:
+    """In the place of a `Quantized` while `calibrate` looks on: the largest absolute value of the
+    inputs of `LINEARS`."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, Tensor] = {}
+
+    def applies(self, block: nn.Module, parts: Parts, x: Tensor) -> bool:
+        """Always."""
+        return True
+
+    def run(
+        self, parts: Parts, x: Tensor, mask: Tensor | None = None, rope: Rope | None = None
+    ) -> Tensor:
+        """As `parts.run`, one layer after another."""
+        h = self._seen("attn.qkv", apply_norm(parts.norm1, x))
+        out = self._seen("attn.proj", whole.attend_normed(parts, h, mask, rope))
+        x = whole.add_attention(parts, out, x)
+        h = self._seen("mlp.fc1", apply_norm(parts.norm2, x))
+        self._seen("mlp.fc2", whole.hidden(parts, h))
+        return whole.add_mlp(parts, x)
+
+    def _seen(self, name: str, x: Tensor) -> Tensor:
+        found = x.detach().abs().amax().float()
+        if name in self.largest:
+            found = torch.maximum(self.largest[name], found)
+        self.largest[name] = found
+        return x
+
+
+# --------------------------------------------------------------------------- running
+
+
+class QuantizedSequential(nn.Sequential):
+    """The blocks of a model, whose residual stream stays in a half dtype from one to the next."""
+
+    fastvit_original = nn.Sequential
+
+    def forward(self, input: Any) -> Any:
+        if torch.compiler.is_compiling() or not may_derive(input):
+            return super().forward(input)
+        blocks: list[Any] = [*self.children()]
+        parts = [_parts_to_run(block, input) for block in blocks]
+        if not blocks or None in parts:
+            return super().forward(input)
+        x = input
+        for block, own in zip(blocks, parts, strict=True):
+            x = block.__dict__[QUANTIZED].run(own, x, block.bias())
+        return x.to(input.dtype)
+
+
+QuantizedSequential.__name__ = "Sequential"  # by which users find it
+
+
+def _parts_to_run(block: Any, x: Tensor) -> Parts | None:
+    """Those of a block that needs not be called by itself: it may run in e4m3 and has no hook."""
+    state = block.__dict__
+    own = state.get(QUANTIZED)
+    if (
+        not isinstance(own, Quantized)
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or "forward" in state
+    ):
+        return None
+    parts = block.examine(x)
+    return parts if parts is not None and own.fits(block, parts, x) else None
+
+
+def attach(model: nn.Module, quantized: dict[nn.Module, Quantized]) -> None:
+    """Give each block its `Quantized`, and the containers of such blocks their loop."""
+    for block, own in quantized.items():
+        setattr(block, QUANTIZED, own)
+    for module in model.modules():
+        children = list(module.children())
+        if type(module) is nn.Sequential and children and all(c in quantized for c in children):
+            module.__class__ = QuantizedSequential  # pyright: ignore
+
+
+def detach(module: nn.Module) -> None:
+    """Take back what `attach` gave to one module."""
+    module.__dict__.pop(QUANTIZED, None)
+    if type(module) is QuantizedSequential:
+        module.__class__ = nn.Sequential  # pyright: ignore

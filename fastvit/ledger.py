@@ -1,0 +1,254 @@
+"""What a GPU has proven, held by the machine code that it ran.
+
+`kernels/<op>/proven/<arch>.json` has an entry for each configuration of a kernel that was checked
+and timed on a GPU: the configuration, the fingerprint of its machine code, and the proof (card,
+triton, numerics, times). A fingerprint is the sha256 of the kernel's instructions as
+``cuobjdump -sass`` prints them, one a line, without addresses, encodings and headers: so names,
+line numbers and comments may change, and the code that runs may not. Compiled again offline, a
+configuration is
+
+proven        its machine code is what the GPU ran;
+same source   it was compiled by another triton than the proof's, to what that one makes of the
+              source that was proven: a fingerprint for each triton is recorded from that source, so
+              that the ledger holds where only a newer triton is installed;
+changed       it is not, and the entry's ``changed`` says why;
+broken        it is not, and nobody said why. A test fails;
+unknown       no fingerprint is recorded for this triton.
+
+``python -m fastvit.ledger [CONFIGURATIONS]`` prints as JSON what the offline compiler makes of
+them, by default of every entry's and then with verdicts, for sm_90. Needs a process without
+``TRITON_INTERPRET=1``. A run on a GPU adds its proofs by `record`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fastvit import audit
+from fastvit.kernels import _device
+from fastvit.kernels._backend import packed
+from fastvit.kernels._launch import Prepared
+from fastvit.kernels._tuning import TileConfig
+
+ROWS = 1024  # of the matrices that stand for any number of them: no kernel is specialised on it
+
+Configuration = Mapping[str, Any]
+
+
+def ledger_path(op: str, arch: str = "sm90") -> Path:
+    """Where one op's ledger lies."""
+    return Path(_device.__file__).parent / op / "proven" / f"{arch}.json"
+
+
+def entries(op: str, arch: str = "sm90") -> list[dict[str, Any]]:
+    """Of one op's ledger."""
+    path = ledger_path(op, arch)
+    return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
+def label(configuration: Configuration) -> str:
+    """``linear pingpong 128x128x64 bfloat16 gelu bias``, ``attention head 1x12x197x64 float16``."""
+    c = configuration
+    sizes = c.get("tile") or [c[name] for name in "BHNMd" if name in c]
+    words = (c["op"], c["variant"], "x".join(map(str, sizes)), c["dtype"], c.get("activation"))
+    return " ".join(word for word in (*words, *c["operands"]) if word not in (None, "none"))
+
+
+def record(path: Path, proven: Sequence[Mapping[str, Any]]) -> None:
+    """Put entries into a ledger, each in the place of the one of the same configuration. A proof of
+    the machine code that is recorded already keeps the other tritons' fingerprints; one of other
+    machine code drops them, and ``changed``.
+
+    Args:
+        proven: each with ``configuration``, ``fingerprints`` and ``proof``.
+    """
+    held = json.loads(path.read_text())
+    for new in proven:
+        old = next((e for e in held["entries"] if e["configuration"] == new["configuration"]), None)
+        entry = {**new, "changed": None}
+        if old is not None:
+            held["entries"].remove(old)
+            if new["fingerprints"].items() <= old["fingerprints"].items():
+                entry["fingerprints"] = old["fingerprints"]
+        held["entries"].append(entry)
+    path.write_text(json.dumps(held, indent=1) + "\n")
+
+
+def verdict(entry: Mapping[str, Any], triton: str, fingerprint: str) -> str:
+    """One of the words of the module's docstring.
+
+    Args:
+        triton: version that made the machine code with `fingerprint`.
+    """
+    recorded = entry["fingerprints"].get(triton)
+    if recorded is None:
+        return "unknown"
+    if recorded == fingerprint:
+        return "proven" if triton == entry["proof"]["triton"] else "same source"
+    return "changed" if entry.get("changed") else "broken"
+
+
+def fingerprint(sass: str) -> str:
+    """Of the instructions in ``cuobjdump -sass``."""
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?;)", sass, re.MULTILINE)
+    if not lines:
+        raise ValueError("no instruction in the listing")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------- offline compile
+
+
+def compile_offline(prepared: Prepared, arguments: Sequence[Any]) -> Any:
+    """Triton's compiled kernel for sm_90, Gluon or not; no GPU is asked.
+
+    Args:
+        arguments: as `launches.recorded` gives them with `prepared`.
+    """
+    from triton.runtime import driver
+
+    tile = prepared.tile
+    with mock.patch.object(driver, "_active", None):  # a GPU's own driver comes back
+        audit.use_target("sm90")
+        return prepared.kernel.warmup(
+            *arguments, grid=(1,), num_warps=tile.num_warps, num_stages=tile.num_stages
+        )
+
+
+def read(compiled: Any) -> dict[str, Any]:
+    """Facts of a kernel's machine code: the fingerprint, warps, registers a thread, bytes of stack
+    and of shared memory, spills inside loops, how often the opcodes of a Hopper kernel occur, and
+    what ptxas warns of."""
+    sass, usage = audit._disassemble(compiled.asm["cubin"])
+    products, spills = audit.count_in_sass(sass, "HGMMA")
+    found: dict[str, Any] = {
+        "fingerprint": fingerprint(sass),
+        "warps": compiled.metadata.num_warps,
+        "registers": int(audit._find(r"REG:(\d+)", usage)),
+        "stack": int(audit._find(r"STACK:(\d+)", usage)),
+        "shared": compiled.metadata.shared,
+        "loop_spills": spills,
+        "HGMMA": products,
+        "warnings": _warnings(compiled.asm["ptx"]),
+    }
+    for opcode in ("UTMALDG", "UTMASTG"):
+        found[opcode] = len(re.findall(rf"\b{opcode}\b", sass))
+    return found
+
+
+def _warnings(ptx: str) -> list[str]:
+    """Among them that wgmma instructions are serialised (C7510)."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.ptx").write_text(ptx)
+        done = subprocess.run(
+            [tool, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"],
+            cwd=folder, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    lines = (done.stdout + done.stderr).splitlines()
+    return [line for line in lines if re.search(r"warning|C75\d\d|serializ", line, re.IGNORECASE)]
+
+
+# --------------------------------------------------------------------------- configurations
+
+
+def build(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
+    """What `compile_offline` takes."""
+    return _BUILDERS[configuration["op"]](configuration)
+
+
+def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
+    from fastvit.kernels.linear.hopper_plan import Variant, hopper_choice, prepare_hopper
+    from fastvit.kernels.linear.launch import exact_activation
+
+    dtype = getattr(torch, configuration["dtype"])
+    n, k = configuration["N"], configuration["K"]
+    device = torch.device("meta")
+    shapes = {"bias": (n,), "scale": (n,), "residual": (ROWS, n), "row_scale": (ROWS,)}
+    shapes |= {"x": (ROWS, k), "weight": (n, k), "y": (ROWS, n), "pre": (ROWS, n)}
+    there = {"x", "weight", "y", *configuration["operands"]}
+    metas, tensors = {}, {}
+    for name, shape in shapes.items():
+        metas[name] = packed(dtype, shape, device) if name in there else None
+        tensors[name] = torch.empty(shape, dtype=dtype, device=device) if name in there else None
+    keep = "pre" in there
+    tile = TileConfig(*configuration["tile"], backend=configuration["variant"])
+    sides = metas["x"], metas["weight"], metas["residual"]
+    choice = hopper_choice(*sides, metas["row_scale"], dtype, keep=keep, tile=tile)
+    if not isinstance(choice, Variant) or choice.name != configuration["variant"]:
+        raise ValueError(f"no such kernel: {configuration}: {choice}")
+    activation = exact_activation(configuration["activation"], dtype)
+    prepared = prepare_hopper(choice, *sides, activation, keep=keep)
+    order = ("x", "weight", "bias", "scale", "residual", "row_scale", "y", "pre")
+    return prepared, prepared.for_triton(*(tensors[name] for name in order))
+
+
+def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
+    """Of packed qkv, or where ``operands`` has "separate" of q, k and v; M is N if it is not
+    given."""
+    from fastvit.kernels.attention.hopper_plan import NAMES, Variant, hopper_choice, prepare_hopper
+    from fastvit.kernels.attention.launch import Options, problem_of
+
+    dtype, operands = getattr(torch, configuration["dtype"]), configuration["operands"]
+    b, h, n, d = (configuration[name] for name in "BHNd")
+    m = configuration.get("M", n)
+    shapes: dict[str, tuple[int, ...]] = {"q": (b, n, 3 * h * d), "out": (b, n, h, d)}
+    if "separate" in operands:
+        shapes |= {"q": (b, h, n, d), "k": (b, h, m, d), "v": (b, h, m, d)}
+    shapes |= {"mask": (1, h, n, m)} if {"bias", "bool mask"} & {*operands} else {}
+    shapes |= {"kept": (2, b, h, n)} if "statistics" in operands else {}
+    kinds = {"mask": torch.bool if "bool mask" in operands else torch.float32}
+    kinds["kept"] = torch.float32
+    device = torch.device("meta")
+    tensors = {
+        x: torch.empty(s, dtype=kinds.get(x, dtype), device=device) for x, s in shapes.items()
+    }
+    q, k, v, mask = (
+        packed(tensors[x].dtype, shapes[x], device) if x in shapes else None for x in
+        ("q", "k", "v", "mask")
+    )  # fmt: skip
+    assert q is not None
+    options = Options(h, 0, d**-0.5, half=False)
+    problem = problem_of((q, k, v, mask, None, None, None), options, "highest")
+    name = configuration["variant"]
+    tile = TileConfig(64, configuration.get("block", 128), backend=name)
+    choice = hopper_choice(problem, q, k, v, mask, tile)
+    if not isinstance(choice, Variant) or choice.name != name or name not in NAMES:
+        raise ValueError(f"no such kernel: {configuration}: {choice}")
+    prepared = prepare_hopper(choice, problem, k, mask, keep="kept" in shapes)
+    order = ("q", "k", "v", "mask", "cos", "sin", "cu_seqlens", "out", "kept")
+    return prepared, prepared.for_triton(*(tensors.get(x) for x in order))
+
+
+_BUILDERS = {"linear": _linear, "attention": _attention}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """As the module's docstring says."""
+    import triton
+
+    held = [] if arguments else [entry for op in _BUILDERS for entry in entries(op)]
+    configurations = json.loads(arguments[0]) if arguments else [e["configuration"] for e in held]
+    facts = [read(compile_offline(*build(c))) for c in configurations]
+    verdicts = {
+        label(entry["configuration"]): verdict(entry, triton.__version__, found["fingerprint"])
+        for entry, found in zip(held, facts, strict=bool(held))
+    }
+    print(json.dumps({"triton": triton.__version__, "verdicts": verdicts, "facts": facts}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,60 @@
+"""Whether this machine runs Hopper's own kernels (`<op>/hopper.py`, written in Gluon), and if not,
+why. Gluon itself is imported by none but who launches such a kernel."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import torch
+
+from fastvit.kernels import _backend
+from fastvit.kernels._device import architecture, forget
+from fastvit.kernels._launch import idle
+
+# whose machine code was run on a GPU or read; Gluon promises no stable interface
+PROVEN_TRITON = ("3.6.0", "3.7.1")
+
+_refused: str | None = None  # what Triton's compiler said to one of them
+
+
+def hopper_problem(device: torch.device) -> str | None:
+    """Why tensors on `device` take portable kernels only, or None if they may take Hopper's.
+
+    A device that is no GPU stands for the architecture that `_device.emulate` gives it.
+    """
+    arch = architecture(device)
+    if arch != "sm90":
+        return f"{arch} is not sm90"
+    if _backend.current_path() == "interpret" and not idle():
+        return "Triton's interpreter does not run Gluon"
+    version = _triton_version()
+    if version not in PROVEN_TRITON:
+        problem = f"triton {version} is not {' or '.join(PROVEN_TRITON)}"
+    elif _refused is not None:
+        problem = f"Triton could not compile one: {_refused}"
+    else:
+        return None
+    if device.type == "cuda":
+        _backend.warn_once(f"fastvit: running portable kernels on this Hopper GPU: {problem}")
+    return problem
+
+
+def refuse(error: Exception) -> None:
+    """No Hopper kernel any more in this process: `error` came from compiling one."""
+    global _refused
+    _refused = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300]
+    forget()
+    _backend.warn_once(
+        "fastvit: running portable kernels on this Hopper GPU: Triton could not compile one: "
+        f"{_refused}"
+    )
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__

@@ -1,0 +1,473 @@
+"""y = act(x W^T + b) * scale * row_scale + residual on Hopper, in Gluon.
+
+A persistent kernel of three roles: blocks are dealt tiles round robin; one warp of a block brings
+tiles of x and W into a ring of shared memory; one warp per consumer brings its residual; two
+consumers (warpgroups) multiply, finish and store.
+
+PINGPONG:     each consumer has tiles of ROWS x BLOCK_N of its own, in turns: one finishes its tile
+              while the other multiplies.
+not PINGPONG: both share a tile of (2 ROWS) x BLOCK_N, each half of its rows; consumer 1 begins LAG
+              steps after consumer 0, so that one finishes while the other multiplies.
+
+Barriers, each with the parity of its use:
+
+full[s]              slot s of the ring has landed (one arrival and its bytes)
+empty[s]             every consumer of slot s has read it
+residual_full[c, b]  buffer b of consumer c holds a band of residual
+residual_empty[c, b] the band of y written over it has been stored
+lead[c]              PINGPONG: consumer c has issued its tile's last product; else it is LAG steps
+                     into its tile
+
+A slot is given back one step late, when the product after the one that read it has been issued. A
+parity cannot tell a use from the one two later, so nobody may wait for a use of a slot before the
+use before has landed: in turns this is what `lead` sees to, and shared tiles with a LAG want more
+steps of K than slots. Sizes are free: TMA clips boxes at the edges and fills them with zeros.
+
+Legend: M rows (batch x tokens), N output features, K input features.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fastvit.kernels._activations import (
+    GELU_CLAMP,
+    GELU_P0,
+    GELU_P1,
+    GELU_P2,
+    GELU_P3,
+    GELU_P4,
+    GELU_P5,
+    GELU_P6,
+    GELU_P7,
+    GELU_P8,
+    activate,
+)
+
+CONSUMERS = gl.constexpr(2)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def hopper_linear_kernel(
+    x,  # TMA descriptors with layouts: x [M, K] in boxes [ROWS, BLOCK_K]
+    weight,  # [N, K] in boxes [BLOCK_N, BLOCK_K]
+    y,  # [M, N] in boxes [ROWS, COLS]
+    residual,  # as y, or None
+    pre,  # as y, or None: gets x W^T + b; not with a residual
+    bias,  # [N] or None
+    scale,  # [N] or None
+    row_scale,  # [M] or None
+    M,
+    N,
+    K,
+    ACTIVATION: gl.constexpr,
+    PINGPONG: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,  # slots of the ring
+    BUFS: gl.constexpr,  # buffers of y for each consumer
+    LAG: gl.constexpr,
+    REGISTERS: gl.constexpr,  # a thread of consumer 1
+    LOAD_REGISTERS: gl.constexpr,  # a thread of a loading warp
+):
+    ROWS: gl.constexpr = x.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight.block_type.shape[0]
+    COLS: gl.constexpr = y.block_type.shape[1]
+    CHUNKS: gl.constexpr = BLOCK_N // COLS
+    SHARE: gl.constexpr = 1 if PINGPONG else CONSUMERS
+    DTYPE: gl.constexpr = x.block_type.element_ty
+    WARPS: gl.constexpr = gl.num_warps()
+    gl.static_assert(CHUNKS % BUFS == 0 or pre is not None)
+    # a residual's buffer is given back when the next band has been stored from another one
+    gl.static_assert(BUFS >= 2 or residual is None)
+    # y and pre leave from a buffer each
+    gl.static_assert(pre is None or (BUFS == 2 and residual is None))
+    # the leader reaches step LAG - 1 with no slot given back by the other
+    gl.static_assert(LAG <= STAGES)
+
+    x_bufs = gl.allocate_shared_memory(DTYPE, [STAGES * SHARE, ROWS, BLOCK_K], x.layout)
+    w_bufs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, BLOCK_K], weight.layout)
+    y_bufs = gl.allocate_shared_memory(DTYPE, [CONSUMERS * BUFS, ROWS, COLS], y.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    residual_full = gl.allocate_shared_memory(
+        gl.int64, [CONSUMERS * BUFS, 1], mbarrier.MBarrierLayout()
+    )
+    residual_empty = gl.allocate_shared_memory(
+        gl.int64, [CONSUMERS * BUFS, 1], mbarrier.MBarrierLayout()
+    )
+    lead = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=SHARE)
+    for i in gl.static_range(CONSUMERS * BUFS):
+        mbarrier.init(residual_full.index(i), count=1)
+        mbarrier.init(residual_empty.index(i), count=1)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(lead.index(i), count=1)
+    fence_async_shared()
+
+    tiles_m = gl.cdiv(M, ROWS * SHARE)
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    k_tiles = gl.cdiv(K, BLOCK_K)
+    buffers = (x_bufs, w_bufs, y_bufs)
+    barriers = (full, empty, residual_full, residual_empty, lead)
+    sizes = (tiles_m, tiles_n, k_tiles, N)
+    # tuples of constants held in a variable would become tensors, so each call spells them out
+    if residual is not None:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
+                    None if row_scale is None else M, True, ACTIVATION, 0, PINGPONG, GROUP_M,
+                    STAGES, CHUNKS, BUFS, LAG,
+                )),
+                (_consume, (
+                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
+                    None if row_scale is None else M, True, ACTIVATION, 1, PINGPONG, GROUP_M,
+                    STAGES, CHUNKS, BUFS, LAG,
+                )),
+                (_load_operands, (x, weight, buffers, barriers, sizes, GROUP_M, STAGES, SHARE)),
+                (_load_residual, (
+                    residual, buffers, barriers, sizes, 0, PINGPONG, GROUP_M, CHUNKS, BUFS,
+                )),
+                (_load_residual, (
+                    residual, buffers, barriers, sizes, 1, PINGPONG, GROUP_M, CHUNKS, BUFS,
+                )),
+            ],
+            [WARPS, 1, 1, 1],
+            [REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
+                    None if row_scale is None else M, False, ACTIVATION, 0, PINGPONG, GROUP_M,
+                    STAGES, CHUNKS, BUFS, LAG,
+                )),
+                (_consume, (
+                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
+                    None if row_scale is None else M, False, ACTIVATION, 1, PINGPONG, GROUP_M,
+                    STAGES, CHUNKS, BUFS, LAG,
+                )),
+                (_load_operands, (x, weight, buffers, barriers, sizes, GROUP_M, STAGES, SHARE)),
+            ],
+            [WARPS, 1],
+            [REGISTERS, LOAD_REGISTERS],
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- roles
+
+
+@gluon.jit
+def _load_operands(
+    x, weight, buffers, barriers, sizes,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
+):  # fmt: skip
+    """One warp: fills the ring, tile after tile, as far ahead as there is room."""
+    x_bufs, w_bufs, _ = buffers
+    full, empty, _, _, _ = barriers
+    tiles_m, tiles_n, k_tiles, _ = sizes
+    ROWS: gl.constexpr = x.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight.block_type.shape[0]
+    BYTES: gl.constexpr = (BOXES * ROWS + BLOCK_N) * BLOCK_K * 2  # clipped boxes count in full
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        for k in range(k_tiles):
+            bar = full.index(stage)
+            # the first use of a slot passes: a new barrier counts as past the phase before
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(bar, BYTES)
+            for box in gl.static_range(BOXES):
+                tma.async_copy_global_to_shared(
+                    x, [(tile_m * BOXES + box) * ROWS, k * BLOCK_K], bar,
+                    x_bufs.index(stage * BOXES + box),
+                )  # fmt: skip
+            tma.async_copy_global_to_shared(
+                weight, [tile_n * BLOCK_N, k * BLOCK_K], bar, w_bufs.index(stage)
+            )
+            stage, phase = _advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load_residual(
+    residual, buffers, barriers, sizes,
+    CONSUMER: gl.constexpr, PINGPONG: gl.constexpr, GROUP_M: gl.constexpr, CHUNKS: gl.constexpr,
+    BUFS: gl.constexpr,
+):  # fmt: skip
+    """One warp per consumer: brings the residual of its tiles, band after band, into the buffers
+    that y will leave from."""
+    _, _, y_bufs = buffers
+    _, _, full, empty, _ = barriers
+    tiles_m, tiles_n, _, _ = sizes
+    ROWS: gl.constexpr = residual.block_type.shape[0]
+    COLS: gl.constexpr = residual.block_type.shape[1]
+    BYTES: gl.constexpr = ROWS * COLS * 2
+    SHARE: gl.constexpr = 1 if PINGPONG else CONSUMERS
+    OFFSET: gl.constexpr = 0 if PINGPONG else CONSUMER
+    TURNS: gl.constexpr = CONSUMERS if PINGPONG else 1
+    TURN: gl.constexpr = CONSUMER if PINGPONG else 0
+    buf = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    for tile in range(
+        gl.program_id(0) + TURN * gl.num_programs(0), tiles_m * tiles_n,
+        TURNS * gl.num_programs(0),
+    ):  # fmt: skip
+        tile_m, tile_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        row = (tile_m * SHARE + OFFSET) * ROWS
+        for chunk in range(CHUNKS):
+            bar = full.index(CONSUMER * BUFS + buf)
+            mbarrier.wait(empty.index(CONSUMER * BUFS + buf), phase ^ 1)
+            mbarrier.expect(bar, BYTES)
+            tma.async_copy_global_to_shared(
+                residual, [row, (tile_n * CHUNKS + chunk) * COLS], bar,
+                y_bufs.index(CONSUMER * BUFS + buf),
+            )  # fmt: skip
+            buf, phase = _advance(buf, phase, BUFS)
+
+
+@gluon.jit
+def _consume(
+    y, pre, bias, scale, row_scale, buffers, barriers, sizes, M,
+    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, CONSUMER: gl.constexpr,
+    PINGPONG: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
+    BUFS: gl.constexpr, LAG: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: multiplies, finishes and stores its part of each tile."""
+    x_bufs, w_bufs, y_bufs = buffers
+    full, empty, residual_full, residual_empty, lead = barriers
+    tiles_m, tiles_n, k_tiles, N = sizes
+    WARPS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = x_bufs.shape[1]
+    BLOCK_N: gl.constexpr = w_bufs.shape[1]
+    COLS: gl.constexpr = BLOCK_N // CHUNKS
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
+    SHARE: gl.constexpr = 1 if PINGPONG else CONSUMERS  # consumers on one tile
+    OFFSET: gl.constexpr = 0 if PINGPONG else CONSUMER
+    TURNS: gl.constexpr = CONSUMERS if PINGPONG else 1  # tiles from one of its own to the next
+    TURN: gl.constexpr = CONSUMER if PINGPONG else 0
+    USES: gl.constexpr = CHUNKS // BUFS  # of each buffer of y in a tile, with a residual
+
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, ACC)
+    step = gl.to_tensor(0) + TURN * k_tiles  # of the ring, where this tile begins
+    turn = gl.to_tensor(0)  # this consumer's tiles so far
+    for tile in range(
+        gl.program_id(0) + TURN * gl.num_programs(0), tiles_m * tiles_n,
+        TURNS * gl.num_programs(0),
+    ):  # fmt: skip
+        tile_m, tile_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        stage = step % STAGES
+        phase = (step // STAGES) & 1
+        step += TURNS * k_tiles
+
+        if PINGPONG:
+            if CONSUMER > 0:
+                mbarrier.wait(lead.index(CONSUMER - 1), turn & 1)
+            else:
+                mbarrier.wait(lead.index(CONSUMERS - 1), (turn & 1) ^ 1)
+        elif LAG > 0 and CONSUMER > 0:
+            mbarrier.wait(lead.index(CONSUMER - 1), turn & 1)
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma(
+            x_bufs.index(stage * SHARE + OFFSET), w_bufs.index(stage).permute((1, 0)), zeros,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        if HAS_RESIDUAL:
+            # the store of the last tile's last band has had time to be read out
+            tma.store_wait(0)
+            mbarrier.arrive(residual_empty.index(CONSUMER * BUFS + BUFS - 1), pred=turn > 0)
+        if LAG > 0 and not PINGPONG and CONSUMER < CONSUMERS - 1:
+            for _ in range(1, LAG):
+                acc, stage, phase = _multiply(
+                    acc, stage, phase, x_bufs, w_bufs, full, empty, STAGES, SHARE, OFFSET
+                )
+            mbarrier.arrive(lead.index(CONSUMER))
+            for _ in range(LAG, k_tiles):
+                acc, stage, phase = _multiply(
+                    acc, stage, phase, x_bufs, w_bufs, full, empty, STAGES, SHARE, OFFSET
+                )
+        else:
+            for _ in range(1, k_tiles):
+                acc, stage, phase = _multiply(
+                    acc, stage, phase, x_bufs, w_bufs, full, empty, STAGES, SHARE, OFFSET
+                )
+        if PINGPONG:
+            mbarrier.arrive(lead.index(CONSUMER))
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(stage))
+
+        row = (tile_m * SHARE + OFFSET) * ROWS
+        bands = _columns(acc, CHUNKS, OUT)
+        for chunk in gl.static_range(CHUNKS):
+            col = (tile_n * CHUNKS + chunk) * COLS
+            which = CONSUMER * BUFS + (1 if pre is not None else chunk % BUFS)
+            value = _add_bias(bands[chunk], bias, col, N, OUT)
+            if pre is not None:
+                tma.store_wait(1)  # not the last band's y
+                kept = y_bufs.index(CONSUMER * BUFS)
+                kept.store(value.to(kept.dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(pre, [row, col], kept)
+            value = _finish(value, scale, row_scale, row, col, M, N, ACTIVATION, OUT)
+            buf = y_bufs.index(which)
+            if HAS_RESIDUAL:
+                mbarrier.wait(residual_full.index(which), (turn * USES + chunk // BUFS) & 1)
+                value += buf.load(OUT).to(gl.float32)
+            else:
+                tma.store_wait(BUFS - 1)
+            buf.store(value.to(buf.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(y, [row, col], buf)
+            if HAS_RESIDUAL and chunk > 0:
+                # the band before has been read out: its buffer may take the next residual
+                tma.store_wait(1)
+                mbarrier.arrive(residual_empty.index(CONSUMER * BUFS + (chunk - 1) % BUFS))
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _multiply(
+    acc, stage, phase, x_bufs, w_bufs, full, empty,
+    STAGES: gl.constexpr, SHARE: gl.constexpr, OFFSET: gl.constexpr,
+):  # fmt: skip
+    """Starts the product of the next slot; the one before is done then, and its slot given back."""
+    before = stage
+    stage, phase = _advance(stage, phase, STAGES)
+    mbarrier.wait(full.index(stage), phase)
+    acc = warpgroup_mma(
+        x_bufs.index(stage * SHARE + OFFSET), w_bufs.index(stage).permute((1, 0)), acc,
+        is_async=True,
+    )  # fmt: skip
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    mbarrier.arrive(empty.index(before))
+    return acc, stage, phase
+
+
+# --------------------------------------------------------------------------- epilogue
+
+
+@gluon.jit
+def _add_bias(value, bias, first_col, N, LAYOUT: gl.constexpr):
+    """A band of columns of x W^T + b, float32."""
+    cols = first_col + gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    if bias is not None:
+        value += gl.load(bias + cols, mask=cols < N, other=0.0).to(gl.float32)[None, :]
+    return value
+
+
+@gluon.jit
+def _finish(
+    value, scale, row_scale, first_row, first_col, M, N,
+    ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """act(value) * scale * row_scale"""
+    if ACTIVATION == "gelu_polynomial":
+        value = _gelu_polynomial(value)
+    else:
+        value = activate(value, ACTIVATION)
+    if scale is not None:
+        cols = first_col + gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        value *= gl.load(scale + cols, mask=cols < N, other=0.0).to(gl.float32)[None, :]
+    if row_scale is not None:
+        rows = first_row + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+        value *= gl.load(row_scale + rows, mask=rows < M, other=0.0).to(gl.float32)[:, None]
+    return value
+
+
+GELU_CLAMP_SQUARED = gl.constexpr(GELU_CLAMP.value * GELU_CLAMP.value)
+
+
+@gluon.jit
+def _gelu_polynomial(x):
+    """`_activations.gelu_polynomial` in 12 instructions instead of 15: the square is clamped in the
+    place of x, and the clamp to [0, 1] is a free modifier of the last multiply-add.
+
+    Beyond the clamp P stays at its last value, which overshoots, so that x P + 1/2 is past 0 or 1
+    there too. NaN: the clamped part becomes 0, and x * 0 is NaN again.
+    """
+    s = gl.minimum(x * x, GELU_CLAMP_SQUARED)
+    p = GELU_P8 * s + GELU_P7
+    p = p * s + GELU_P6
+    p = p * s + GELU_P5
+    p = p * s + GELU_P4
+    p = p * s + GELU_P3
+    p = p * s + GELU_P2
+    p = p * s + GELU_P1
+    p = p * s + GELU_P0
+    cdf = gl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, 0f3F000000;", "=f,f,f", [p, x],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+    return x * cdf
+
+
+# --------------------------------------------------------------------------- tiles and rings
+
+
+@gluon.jit
+def _tile_of(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+    """Row and column of a tile: GROUP_M rows of tiles go through all columns together, so that they
+    find x and W in the L2 cache."""
+    per_group = GROUP_M * tiles_n
+    group = tile // per_group
+    first = group * GROUP_M
+    rows = gl.maximum(gl.minimum(tiles_m - first, GROUP_M), 1)  # 1: past the end nothing is loaded
+    inside = tile - group * per_group
+    column = inside // rows
+    return first + inside - column * rows, column
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    """The next slot of a ring, and the parity of its barrier's use."""
+    stage += 1
+    wrapped = stage == STAGES
+    stage = gl.where(wrapped, 0, stage)
+    phase = gl.where(wrapped, phase ^ 1, phase)
+    return stage, phase
+
+
+@gluon.jit
+def _halves(t):
+    """Left and right half of the columns; moves nothing, as each thread has both."""
+    ROWS: gl.constexpr = t.shape[0]
+    HALF: gl.constexpr = t.shape[1] // 2
+    return t.reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
+
+
+@gluon.jit
+def _columns(t, CHUNKS: gl.constexpr, LAYOUT: gl.constexpr):
+    """A tuple of CHUNKS (1, 2, 4) bands of columns, from left to right."""
+    if CHUNKS == 1:
+        return (gl.convert_layout(t, LAYOUT, assert_trivial=True),)
+    elif CHUNKS == 2:
+        left, right = _halves(t)
+        return (
+            gl.convert_layout(left, LAYOUT, assert_trivial=True),
+            gl.convert_layout(right, LAYOUT, assert_trivial=True),
+        )
+    else:
+        gl.static_assert(CHUNKS == 4)
+        left, right = _halves(t)
+        c0, c1 = _halves(left)
+        c2, c3 = _halves(right)
+        return (
+            gl.convert_layout(c0, LAYOUT, assert_trivial=True),
+            gl.convert_layout(c1, LAYOUT, assert_trivial=True),
+            gl.convert_layout(c2, LAYOUT, assert_trivial=True),
+            gl.convert_layout(c3, LAYOUT, assert_trivial=True),
+        )

@@ -1,0 +1,87 @@
+"""Cases, FLOPs and bytes of `fp8_linear`, `fp8_layer_norm` and `fp8_quantize`."""
+
+from typing import Any
+
+import torch
+
+from fastvit.kernels._spec import Case, OpSpec, changed, drawn, no_flops, product_flops, vit_b
+from fastvit.kernels.layer_norm.spec import SPECS as NORM_SPECS
+from fastvit.kernels.linear_fp8.op import fp8_layer_norm, fp8_linear, fp8_quantize
+from fastvit.kernels.linear_fp8.reference import (
+    E4M3,
+    fp8_layer_norm_reference,
+    fp8_linear_reference,
+    fp8_quantize_reference,
+)
+
+
+def _fp8(
+    name: str, m: int, k: int, n: int, *, activation: str | None = None, residual: bool = False,
+    out_scale: float | None = None,
+) -> Case:  # fmt: skip
+    def quantise(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "x": (inputs["x"] * 20).to(E4M3),
+            "weight": (inputs["weight"] * 40).to(E4M3),
+            # rows of different scales; the product is of order 1
+            "factor": (inputs["factor"].abs() + 0.5).float() * (k**-0.5 / 800),
+            "dtype": inputs["bias"].dtype,
+        }
+
+    case = drawn(
+        name, {"M": m, "K": k, "N": n, "residual": int(residual)},
+        {"activation": activation, "out_scale": out_scale}, x="MK", weight="NK", factor="N",
+        bias="N", scale="N" * residual, residual="MN" * residual,
+    )  # fmt: skip
+    return changed(case, quantise)
+
+
+def _fp8_bytes(sizes: dict[str, int], itemsize: int) -> int:
+    m, k, n = sizes["M"], sizes["K"], sizes["N"]
+    return m * k + n * k + itemsize * (1 + sizes["residual"]) * m * n
+
+
+def _rows(name: str, m: int, d: int, out_scale: float) -> Case:
+    return drawn(name, {"M": m, "D": d}, {"out_scale": out_scale}, x="MD")
+
+
+def _row_bytes(sizes: dict[str, int], itemsize: int) -> int:
+    return (itemsize + 1) * sizes["M"] * sizes["D"]
+
+
+_LINEAR_CASES = (
+    _fp8("one row", 1, 64, 32),
+    _fp8("odd sizes, gelu, e4m3 out", 37, 75, 91, activation="gelu", out_scale=0.01),
+    _fp8("several tiles, residual", 70, 192, 192, residual=True),
+    _fp8("beyond e4m3", 33, 64, 80, activation="relu", out_scale=0.002),
+)
+_LINEAR_BENCH = (
+    _fp8("ViT-B qkv, batch 1", 197, 768, 2304),
+    _fp8("ViT-B qkv, batch 256", 197 * 256, 768, 2304),
+    _fp8("ViT-B proj, batch 256", 197 * 256, 768, 768, residual=True),
+    _fp8("ViT-B fc1, batch 256", 197 * 256, 768, 3072, activation="gelu", out_scale=0.01),
+    _fp8("ViT-B fc2, batch 256", 197 * 256, 3072, 768, residual=True),
+)
+_ROWS_CASES = (
+    _rows("one value", 1, 1, 0.01),
+    _rows("odd width", 7, 75, 0.01),
+    _rows("beyond e4m3", 70, 96, 0.004),
+)
+_NORM_CASES, _NORM_BENCH = (
+    tuple(changed(case, lambda inputs: {"out_scale": 0.02}) for case in cases)
+    for cases in (NORM_SPECS[0].cases[:4], NORM_SPECS[0].bench_cases)
+)
+SPECS = (
+    OpSpec(
+        "fp8_linear", fp8_linear, fp8_linear_reference, _LINEAR_CASES, _LINEAR_BENCH,
+        product_flops, _fp8_bytes, dtypes=(torch.float16, torch.bfloat16), inference=True, fp8=True,
+    ),
+    OpSpec(
+        "fp8_layer_norm", fp8_layer_norm, fp8_layer_norm_reference, _NORM_CASES, _NORM_BENCH,
+        no_flops, _row_bytes, inference=True, fp8=True,
+    ),
+    OpSpec(
+        "fp8_quantize", fp8_quantize, fp8_quantize_reference, _ROWS_CASES,
+        vit_b(_rows, 768, 0.01), no_flops, _row_bytes, inference=True, fp8=True,
+    ),
+)  # fmt: skip

@@ -1,0 +1,209 @@
+"""The ledger: the machine code that a GPU ran is what the source still makes. Kernels are compiled
+in processes of their own, since those of this one are interpreted."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from fastvit.ledger import entries, fingerprint, label, ledger_path, record, verdict
+
+LINEAR, ATTENTION = entries("linear"), entries("attention")
+ENTRIES = LINEAR + ATTENTION
+# a folder that `pip install --no-deps --target FOLDER triton==3.6.0` has filled
+TRITON_3_6 = os.environ.get("FASTVIT_TRITON36", "")
+OLDER = pytest.param(
+    TRITON_3_6, marks=pytest.mark.skipif(not TRITON_3_6, reason="FASTVIT_TRITON36 names no triton")
+)
+
+
+@functools.cache
+def compiled(configurations: str = "", folder: str = "") -> dict[str, Any]:
+    """What ``python -m fastvit.ledger`` prints, with the triton in `folder` if that is given."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if folder:
+        env["PYTHONPATH"] = os.pathsep.join([folder, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvit.ledger", *([configurations] if configurations else [])],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("folder", ["", OLDER])
+def test_what_was_proven_has_not_changed(folder):
+    found = compiled(folder=folder)
+    verdicts = [found["verdicts"][label(entry["configuration"])] for entry in ENTRIES]
+    if found["triton"] not in ENTRIES[0]["fingerprints"]:
+        pytest.skip(f"no fingerprint for triton {found['triton']}")
+    assert not set(verdicts) & {"broken", "unknown"}, verdicts
+    if folder:
+        assert found["triton"] == "3.6.0"
+    assert all(v == "changed" for e, v in zip(ENTRIES, verdicts, strict=True) if e["changed"])
+
+
+def test_every_entry_was_right_and_says_where():
+    assert len(LINEAR) >= 6
+    assert len(ATTENTION) >= 10
+    for entry in ENTRIES:
+        proof = entry["proof"]
+        assert proof["card"]
+        assert proof["triton"] in entry["fingerprints"]
+        assert proof["numerics"]
+        assert all(case["passed"] and case["same_bits"] for case in proof["numerics"])
+        assert proof["times"] or "not timed" in proof["source"]
+    configurations = [json.dumps(entry["configuration"]) for entry in ENTRIES]
+    assert len({*configurations}) == len(configurations)
+
+
+LISTING = """
+        code for sm_90a
+                Function : {name}
+        .headerflags    @"EF_CUDA_TEXMODE_UNIFIED"
+        /*0000*/                   {first} ;   /* 0x00000a00ff017b82 */
+                                               /* 0x000fe20000000800 */
+        /*0010*/              @!P0 BRA 0x20 ;  /* {encoding} */
+"""
+
+
+def test_a_fingerprint_is_of_instructions_only():
+    listing = LISTING.format(name="a", first="LDC R1, c[0x0][0x28]", encoding="0x1")
+    same = LISTING.format(name="b", first="LDC R1, c[0x0][0x28]", encoding="0x2")
+    other = LISTING.format(name="a", first="LDC R1, c[0x0][0x2c]", encoding="0x1")
+    assert fingerprint(listing) == fingerprint(same) != fingerprint(other)
+    with pytest.raises(ValueError, match="no instruction"):
+        fingerprint("code for sm_90a")
+
+
+def test_verdicts():
+    entry: dict[str, Any] = {
+        "fingerprints": {"3.6.0": "a", "3.7.1": "b"}, "proof": {"triton": "3.6.0"},
+    }  # fmt: skip
+    assert verdict(entry, "3.6.0", "a") == "proven"
+    assert verdict(entry, "3.7.1", "b") == "same source"
+    assert verdict(entry, "3.6.0", "b") == "broken"
+    assert verdict({**entry, "changed": "a mask less"}, "3.7.1", "c") == "changed"
+    assert verdict(entry, "3.8.0", "a") == "unknown"
+
+
+def test_a_run_on_a_gpu_adds_its_proofs(tmp_path):
+    path = tmp_path / "sm90.json"
+    path.write_text(ledger_path("linear").read_text())
+    first, second = LINEAR[:2]
+    tritons = first["proof"]["triton"], "3.7.1"
+    again = {**first, "fingerprints": {tritons[0]: first["fingerprints"][tritons[0]]}}
+    other = {**second, "fingerprints": {tritons[0]: "another"}, "changed": "no longer"}
+    new = {**first, "configuration": {**first["configuration"], "dtype": "float16"}}
+    record(path, [again, other, new])
+    held = json.loads(path.read_text())["entries"]
+    assert len(held) == len(LINEAR) + 1
+    assert first in held
+    assert {**other, "changed": None} in held
+    assert second not in held
+    assert new in held
+
+
+# --------------------------------------------------------------------------- every form
+
+
+def linear(variant: str, tile: tuple[int, int], activation: str, *operands: str, **other: Any):
+    return {
+        "op": "linear", "variant": variant, "tile": [*tile, 64], "dtype": "bfloat16",
+        "activation": activation, "operands": operands, "N": 768, "K": 768, **other,
+    }  # fmt: skip
+
+
+ALL = ("bias", "scale", "residual")
+SOME = [
+    linear("pingpong", (128, 128), "silu", "bias", "pre", dtype="float16"),
+    linear("pingpong", (64, 64), "none", *ALL, "row_scale", N=1000, K=200),
+    linear("coop", (128, 256), "none", *ALL, N=1000, K=3072),
+]
+REST = [
+    linear("pingpong", tile, activation, *operands, dtype=dtype, N=n, K=n)
+    for tile in ((128, 128), (64, 128), (64, 64))
+    for activation, operands, dtype, n in (
+        ("none", (), "bfloat16", 4304),
+        ("gelu", ("bias",), "bfloat16", 1000),
+        ("gelu_tanh", ("bias", "pre"), "bfloat16", 768),
+        ("quick_gelu", (*ALL, "row_scale"), "bfloat16", 1000),
+        ("silu", ("bias", "pre", "scale", "row_scale"), "float16", 1000),
+        ("relu", ALL, "float16", 768),
+    )
+] + [
+    linear("pingpong", (128, 128), "gelu", "bias", "pre", dtype="float16"),
+    linear("coop", (128, 256), "gelu", "bias", K=3072),
+    linear("coop", (128, 256), "gelu", "bias", "pre", K=3072, dtype="float16"),
+    linear("coop", (128, 256), "gelu", *ALL, K=3072, dtype="float16"),
+]
+
+
+def attention(variant: str, n: int, d: int, *operands: str, b: int = 64, **other: Any):
+    return {
+        "op": "attention", "variant": variant, "dtype": "bfloat16", "operands": operands, "B": b,
+        "H": 12, "N": n, "d": d, **other,
+    }  # fmt: skip
+
+
+KEPT = "statistics"
+SOME += [
+    attention("roles", 197, 64, KEPT, "separate", dtype="float16"),
+    attention("head", 224, 48, KEPT, "separate", b=1),
+    attention("stream", 600, 88, KEPT, "separate", M=333),
+    attention("stay", 257, 80, KEPT, "bool mask", dtype="float16"),
+]
+REST += [
+    *(attention("roles", n, 64, *kept) for n in (1, 100, 224, 257, 272) for kept in ((), (KEPT,))),
+    *(attention("roles", 200, d, KEPT, M=m) for d, m in ((32, 100), (40, 200))),
+    *(attention("head", n, 64, KEPT, b=1) for n in (16, 130, 208)),
+    *(
+        attention(variant, 577, d, *operands)
+        for variant in ("stream", "stay")
+        for d in (32, 64, 72, 80)
+        for operands in ((KEPT,), (KEPT, "bias"), (KEPT, "bool mask"))
+    ),
+    *(
+        attention("stream", n, d, KEPT, *operands, block=64)
+        for n, d in ((1370, 104), (744, 128))
+        for operands in ((), ("bias",), ("separate",))
+    ),
+    attention("stream", 100, 104, KEPT, "separate"),
+    attention("stream", 577, 88, KEPT),
+    attention("stay", 257, 88, KEPT, "bias"),
+    attention("stay", 257, 128, KEPT, block=64),
+    attention("stream-turns", 577, 64, KEPT),
+    attention("stream-turns", 577, 128, "bias"),
+    attention("stay-turns", 256, 72, KEPT, "bias", dtype="float16"),
+]
+
+
+def check(configurations: list[dict[str, Any]], found: dict[str, Any]) -> None:
+    """A Hopper kernel worth its name: nothing spills, and the tensor cores and the tensor memory
+    accelerator are at work; attention stores its output from registers."""
+    for configuration, facts in zip(configurations, found["facts"], strict=True):
+        assert facts["stack"] == facts["loop_spills"] == 0, (label(configuration), facts)
+        # of 8 warps a limit of 256 registers a thread, which is none
+        assert [w for w in facts["warnings"] if "Too many maxnreg" not in w] == []
+        assert facts["shared"] <= 232_448
+        assert facts["registers"] * 32 * facts["warps"] <= 65_536
+        assert min(facts["HGMMA"], facts["UTMALDG"]) > 0
+        assert bool(facts["UTMASTG"]) == (configuration["op"] == "linear")
+
+
+@pytest.mark.parametrize("folder", ["", OLDER])
+def test_forms_compile_well(folder):
+    check([entry["configuration"] for entry in ENTRIES], compiled(folder=folder))
+    check(SOME, compiled(json.dumps(SOME), folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["", OLDER])
+def test_every_form_compiles_well(folder):
+    check(REST, compiled(json.dumps(REST), folder))

@@ -8,9 +8,8 @@ import re
 
 import torch
 
-from fastvit.kernels import _backend
+from fastvit.kernels import _backend, _launch
 from fastvit.kernels._device import architecture, forget
-from fastvit.kernels._launch import idle
 
 # whose machine code was run on a GPU or read; Gluon promises no stable interface
 PROVEN_TRITON = ("3.6.0", "3.7.1")
@@ -26,7 +25,8 @@ def hopper_problem(device: torch.device) -> str | None:
     arch = architecture(device)
     if arch != "sm90":
         return f"{arch} is not sm90"
-    if _backend.current_path() == "interpret" and not idle():
+    launches = _launch._stub is None and not _launch.idle()
+    if launches and _backend.current_path() == "interpret":
         return "Triton's interpreter does not run Gluon"
     version = _triton_version()
     if version not in PROVEN_TRITON:

@@ -275,5 +275,5 @@ _record: list[tuple[Prepared, tuple[Any, ...]]] | None = None  # keeps what woul
 
 
 def idle() -> bool:
-    """Whether launches are only counted or kept: then PyTorch need compute nothing either."""
-    return _stub is not None or _record is not None
+    """Whether launches are only kept: then PyTorch need compute nothing either."""
+    return _record is not None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # draws one normal tensor of the given shape in the case's dtype, on the case's device
 Draw = Callable[..., Tensor]
+Bounds = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,14 @@ class OpSpec:
         With None they are left unwritten, and take no memory."""
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
-        def draw(*shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
+        def draw(
+            *shape: int, std: float = 1.0, mean: float = 0.0, bounds: Bounds = (None, None),
+            dtype: torch.dtype = dtype,
+        ) -> Tensor:  # fmt: skip
             if generator is None:
                 return torch.empty(shape, dtype=dtype, device=device)
             values = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
-            return (values * std + mean).to(dtype)
+            values = values * std + mean
+            return (values if bounds == (None, None) else values.clamp(*bounds)).to(dtype)
 
         return case.make(draw)

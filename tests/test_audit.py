@@ -49,8 +49,9 @@ def test_every_kernel_compiles_well(name, arch):
     rows = json.loads(in_fresh_process(AUDIT, name, arch))
     assert bool(rows) != (specs_with_kernels()[name].fp8 and arch in ("sm80", "gfx942"))
     assert not [row for row in rows if row[2]]
-    # at the sizes of real models no load is narrower than 4 bytes (patch 14's), most are 16
-    assert not [row for row in rows if row[3]]
+    # at the sizes of real models no tile is loaded by less than 4 bytes (patch 14's), most by 16; a
+    # vector with a value for each thread (a bias) is one narrow load, a tile would be many
+    assert not [row for row in rows if (row[3] or 0) > 1]
 
 
 ROWS = """

@@ -10,6 +10,11 @@ from fastvit.kernels.patch_embed.reference import patch_embed_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PIXELS: dict[str, dict[str, Any]] = {
+    "float": {},
+    "uint8": {"std": 64.0, "mean": 128.0, "bounds": (0.0, 255.0), "dtype": torch.uint8},
+    "unit": {"std": 0.25, "mean": 0.5, "bounds": (0.0, 1.0)},
+}
 
 
 def _case(
@@ -21,10 +26,7 @@ def _case(
     positions = {"all": patches + prefix, "patches": patches, "none": 0}[pos]
 
     def make(draw: Draw) -> dict[str, Any]:
-        images = draw(b, 3, height, width)
-        if pixels != "float":
-            images = (images * 64 + 128).clamp(0, 255)
-            images = images.to(torch.uint8) if pixels == "uint8" else images / 255
+        images = draw(b, 3, height, width, **PIXELS[pixels])
         if channels_last:
             images = images.to(memory_format=torch.channels_last)
         normalized = {} if pixels == "float" else {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}

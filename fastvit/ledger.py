@@ -131,7 +131,7 @@ def read(compiled: Any) -> dict[str, Any]:
     and of shared memory, spills inside loops, how often the opcodes of a Hopper kernel occur, and
     what ptxas warns of."""
     sass, usage = audit._disassemble(compiled.asm["cubin"])
-    products, spills = audit.count_in_sass(sass, "HGMMA")
+    products, spills = audit.count_in_sass(sass, "[HQ]GMMA")
     found: dict[str, Any] = {
         "fingerprint": fingerprint(sass),
         "warps": compiled.metadata.num_warps,
@@ -139,7 +139,7 @@ def read(compiled: Any) -> dict[str, Any]:
         "stack": int(audit._find(r"STACK:(\d+)", usage)),
         "shared": compiled.metadata.shared,
         "loop_spills": spills,
-        "HGMMA": products,
+        "GMMA": products,
         "warnings": _warnings(compiled.asm["ptx"]),
     }
     for opcode in ("UTMALDG", "UTMASTG"):
@@ -171,29 +171,40 @@ def build(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
 
 
 def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
-    from fastvit.kernels.linear.hopper_plan import Variant, hopper_choice, prepare_hopper
+    """Of ``linear``, or of ``linear_fp8``, whose ``dtype`` is y's."""
+    from fastvit.kernels.linear.hopper_plan import E4M3, Variant, hopper_choice, prepare_hopper
     from fastvit.kernels.linear.launch import exact_activation
+    from fastvit.kernels.linear_fp8.launch import hopper_activation
 
-    dtype = getattr(torch, configuration["dtype"])
+    dtype, activation = getattr(torch, configuration["dtype"]), configuration["activation"]
     n, k = configuration["N"], configuration["K"]
-    device = torch.device("meta")
-    shapes = {"bias": (n,), "scale": (n,), "residual": (ROWS, n), "row_scale": (ROWS,)}
-    shapes |= {"x": (ROWS, k), "weight": (n, k), "y": (ROWS, n), "pre": (ROWS, n)}
-    there = {"x", "weight", "y", *configuration["operands"]}
+    device, fp8 = torch.device("meta"), configuration["op"] == "linear_fp8"
+    # in the order of the launch's tensors
+    shapes: dict[str, tuple[int, ...]] = {"x": (ROWS, k), "weight": (n, k)}
+    shapes |= {"factor": (n,)} if fp8 else {}
+    shapes |= {"bias": (n,), "scale": (n,), "residual": (ROWS, n)}
+    shapes |= {"y": (ROWS, n)} if fp8 else {"row_scale": (ROWS,), "y": (ROWS, n), "pre": (ROWS, n)}
+    kinds = {"x": E4M3, "weight": E4M3, "factor": torch.float32} if fp8 else {}
+    kinds |= {"bias": torch.bfloat16, "scale": torch.bfloat16} if fp8 else {}
+    there = {"x", "weight", "factor", "y", *configuration["operands"]}
     metas, tensors = {}, {}
     for name, shape in shapes.items():
-        metas[name] = packed(dtype, shape, device) if name in there else None
-        tensors[name] = torch.empty(shape, dtype=dtype, device=device) if name in there else None
+        kind = kinds.get(name, dtype)
+        metas[name] = packed(kind, shape, device) if name in there else None
+        tensors[name] = torch.empty(shape, dtype=kind, device=device) if name in there else None
     keep = "pre" in there
     tile = TileConfig(*configuration["tile"], backend=configuration["variant"])
     sides = metas["x"], metas["weight"], metas["residual"]
-    choice = hopper_choice(*sides, metas["row_scale"], dtype, keep=keep, tile=tile)
+    choice = hopper_choice(*sides, metas.get("row_scale"), dtype, keep=keep, tile=tile)
     if not isinstance(choice, Variant) or choice.name != configuration["variant"]:
         raise ValueError(f"no such kernel: {configuration}: {choice}")
-    activation = exact_activation(configuration["activation"], dtype)
-    prepared = prepare_hopper(choice, *sides, activation, keep=keep)
-    order = ("x", "weight", "bias", "scale", "residual", "row_scale", "y", "pre")
-    return prepared, prepared.for_triton(*(tensors[name] for name in order))
+    inverse = 100.0 if dtype == E4M3 else None
+    if fp8:
+        activation = hopper_activation(activation, metas["scale"], dtype, inverse)
+    else:
+        activation = exact_activation(activation, dtype)
+    prepared = prepare_hopper(choice, *sides, activation, keep=keep, dtype=dtype, inverse=inverse)
+    return prepared, prepared.for_triton(*tensors.values())
 
 
 def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
@@ -233,7 +244,7 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
     return prepared, prepared.for_triton(*(tensors.get(x) for x in order))
 
 
-_BUILDERS = {"linear": _linear, "attention": _attention}
+_BUILDERS = {"linear": _linear, "linear_fp8": _linear, "attention": _attention}
 
 
 def main(arguments: Sequence[str]) -> None:

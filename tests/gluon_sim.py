@@ -9,7 +9,8 @@ on an overrun barrier, and on any access to a buffer that another access in flig
 It does not model threads within a warpgroup (Triton puts their barriers in), swizzles, registers.
 
 Values are float64 and no store rounds, so that small integers stay exact; within `rounded` they are
-float32, rounded where the kernel converts them.
+float32, rounded where the kernel converts them. Bytes that the kernel packs into wider integers are
+a last dimension.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import random
+import re
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,6 +59,7 @@ class Value(np.ndarray):
 
     def to(self, dtype: Any) -> Value:
         """Rounded to a half dtype, within `rounded`."""
+        dtype = getattr(dtype, "torch", dtype)
         if _rounds and dtype in (torch.bfloat16, torch.float16):
             return value(torch.from_numpy(np.array(self)).to(dtype).float().numpy())
         return self
@@ -125,6 +129,13 @@ def _constexpr(constant: Any) -> Any:
     return kinds.get(type(constant), lambda same: same)(constant)
 
 
+class Dtype:
+    """A dtype as Gluon has it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.torch, self.primitive_bitwidth = dtype, 8 * dtype.itemsize
+
+
 # --------------------------------------------------------------------------- memory
 
 
@@ -184,6 +195,12 @@ class Buffer:
     def reshape(self, shape: Sequence[int]) -> View:
         """As of shared memory."""
         return View(self, lambda data: data.reshape(shape))
+
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Any:
+        """As integers of twice the width."""
+        pairs = (*shape, 2)
+        assert np.prod(pairs) == self.data.size
+        return SimpleNamespace(store=lambda given: self.store(given.reshape(self.shape)))
 
     def about_to_read(self) -> None:
         """Raises where a copy may still change it."""
@@ -251,12 +268,11 @@ class Descriptor:
     Args:
         array: written in place by stores.
         block: shape of a box.
-        dtype: of two bytes an element.
     """
 
-    def __init__(self, array: np.ndarray, block: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, array: np.ndarray, block: tuple[int, ...], dtype: torch.dtype) -> None:
         self.array, self.block, self.layout = array, block, None
-        self.block_type = SimpleNamespace(shape=block, element_ty=dtype)
+        self.block_type = SimpleNamespace(shape=block, element_ty=Dtype(dtype))
         self.writes = np.zeros(array.shape, int)
 
     def box(self, coordinates: Sequence[int]) -> tuple[slice, ...]:
@@ -422,7 +438,7 @@ class _Tma:
             buffer.data = np.zeros(desc.block)
             buffer.data[tuple(map(slice, part.shape))] = part
             buffer.landing -= 1
-            _barrier(bar).landed(buffer.data.size * 2)
+            _barrier(bar).landed(buffer.data.size * desc.block_type.element_ty.torch.itemsize)
 
         _machine.copies.append((_machine.random.random() < LATE, land))
 
@@ -502,7 +518,7 @@ def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Array:
     return _machine.arrays[-1]
 
 
-def _load(pointer: Pointer, mask: Any, other: float) -> Value:
+def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Value:
     inside = (pointer.at >= 0) & (pointer.at < len(pointer.array))
     if (np.asarray(mask) & ~inside).any():
         raise Wrong("load past a vector's end")
@@ -530,9 +546,50 @@ def _assembly(code: str, constraints: str, args: Any, **_: Any) -> Any:
         return args[0]
     if code.startswith("ex2.approx"):
         return value(np.exp2(args[0]))
+    if "e4m3x2" in code:
+        return _e4m3_pairs(code, args)
     assert code == "fma.rn.sat.f32 $0, $1, $2, 0f3F000000;"
     cdf = np.clip(args[0] * args[1] + value(0.5), 0, 1)
     return np.where(np.isnan(cdf), value(0), cdf).view(Value)  # .sat makes 0 of NaN
+
+
+def _e4m3_pairs(code: str, args: Sequence[Any]) -> Value:
+    """PTX that ends in two values of e4m3, of which the first is the low byte."""
+    if not _rounds:
+        assert "f16x2" not in code
+        return value(np.stack([args[0] * args[2], args[1] * args[2]], -1))
+    shape = args[0].shape
+    registers = {f"${i + 1}": np.broadcast_to(np.float32(x), shape) for i, x in enumerate(args)}
+
+    def operand(name: str) -> np.ndarray:
+        if name.startswith("0x"):  # one float16 twice
+            bits = struct.pack("<H", int(name, 16) & 0xFFFF)
+            return np.full((2, *shape), struct.unpack("<e", bits)[0])
+        return registers[name].astype(np.float64)
+
+    operations: dict[str, Callable[..., np.ndarray]] = {
+        "mov": lambda x: x,
+        "min": np.fmin,
+        "mul": np.multiply,
+        "fma": lambda x, y, z: x * y + z,
+        "cvt": lambda high, *low: np.stack([*low, high]) if low else high,
+    }
+    for line in re.split(r";\s*", code.strip("{} ")):
+        instruction, *names = re.split(r"[,\s]+", line)
+        name, *modifiers = instruction.split(".")
+        if name not in operations:
+            assert instruction in ("", ".reg")
+            continue
+        result = operations[name](*map(operand, names[1:]))
+        narrow = "e4m3x2" in modifiers
+        if "sat" in modifiers:
+            result = np.where(np.isnan(result), 0, np.clip(result, 0, 1))
+        if "satfinite" in modifiers:
+            result = result.clip(*((-448, 448) if narrow else (-65504, 65504)))
+        kind = torch.float32 if modifiers == ["f32"] else torch.float16
+        kind = torch.float8_e4m3fn if narrow else kind
+        registers[names[0]] = torch.from_numpy(result).to(kind).float().numpy()
+    return value(np.moveaxis(registers["$0"], 0, -1))
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
@@ -564,6 +621,7 @@ GL = SimpleNamespace(
     static_range=range,
     to_tensor=Scalar,
     int1="int1",
+    int16="int16",
     int32="int32",
     cdiv=lambda a, b: -(-a // b),
     where=_where,
@@ -576,6 +634,7 @@ GL = SimpleNamespace(
     DotOperandLayout=lambda *a: None,
     SliceLayout=lambda *a: None,
     NVMMADistributedLayout=lambda *a: None,
+    NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *a: None),
     arange=lambda a, b, layout: np.arange(a, b),
     convert_layout=lambda given, layout, assert_trivial=False: given,
     zeros=lambda shape, dtype, layout: value(np.zeros(shape)),
@@ -606,7 +665,7 @@ def load(*paths: Path, edits: Sequence[tuple[str, str]] = (), **extra: Any) -> d
     space: dict[str, Any] = {
         "gluon": SimpleNamespace(jit=_jit), "triton": SimpleNamespace(jit=_jit), "gl": GL,
         "tl": TL, "mbarrier": _Barriers, "tma": _Tma, "fence_async_shared": _fence,
-        "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait,
+        "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "struct": struct,
         "range": lambda *bounds: map(Scalar, range(*bounds)), **extra,
     }  # fmt: skip
     for path in paths:

@@ -28,11 +28,15 @@ from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear.hopper_plan import GROUP_M, Variant, hopper_choice
 from fastvit.kernels.linear.launch import exact_activation, hopper_variant, looked_up, prepare
 from fastvit.kernels.linear.reference import finish_reference
+from fastvit.kernels.linear_fp8.launch import hopper_activation
+from fastvit.kernels.linear_fp8.reference import fp8_linear_reference
 from fastvit.launches import recorded
 from fastvit.numerics import measure
 
 ROOT = Path(__file__).parent.parent / "kernels"
-FILES = (ROOT / "_activations.py", ROOT / "linear" / "hopper.py")
+FILES = (ROOT / "_activations.py", ROOT / "_hopper_e4m3.py", ROOT / "linear" / "hopper.py")
+E4M3 = torch.float8_e4m3fn
+INVERSE = 2.0  # of an e4m3 y's scale
 SMALLER = 8  # tiles of the simulation: protocols do not depend on their size
 TILES = [*(("pingpong", *tile) for tile in hopper_plan.PINGPONG_TILES), ("coop", 128, 256)]
 
@@ -46,6 +50,13 @@ class Form(NamedTuple):
     row_scale: bool = False
     residual: bool = False
     keep: bool = False
+    factor: bool = False  # operands are e4m3
+    e4m3: bool = False  # and y
+
+    @property
+    def bytes_of_k(self) -> int:
+        """Of one value of an operand."""
+        return 1 if self.factor else 2
 
 
 FORMS = {
@@ -56,11 +67,15 @@ FORMS = {
     "residual": Form(residual=True),
     "all of inference": Form("relu", scale=True, row_scale=True, residual=True),
     "kept": Form("relu", keep=True, scale=True, row_scale=True),
+    "e4m3": Form(factor=True),
+    "e4m3, residual": Form(factor=True, scale=True, residual=True),
+    "e4m3 to e4m3": Form("relu", factor=True, e4m3=True),
 }
 
 
 def variant(tile: tuple[str, int, int], form: Form) -> Variant:
-    return hopper_plan.variant_of(*tile, residual=form.residual, keep=form.keep)
+    options = {"residual": form.residual, "keep": form.keep, "e4m3": form.e4m3}
+    return hopper_plan.variant_of(*tile, **options)
 
 
 def launch(
@@ -74,6 +89,7 @@ def launch(
     seed: int,
     smaller: int = SMALLER,
     group: int = 2,
+    inverse: float = INVERSE,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """y and pre of one launch, every element of which has to be written exactly once."""
     x, weight = tensors["x"], tensors["weight"]
@@ -81,18 +97,21 @@ def launch(
     assert weight is not None
     (m, k), n = x.shape, len(weight)
     band = v.rows // smaller, v.cols // smaller
-    block_k = hopper_plan.BLOCK_K // smaller
+    block_k = hopper_plan.STEP // form.bytes_of_k // smaller
+    operand = E4M3 if form.factor else dtype
+    dtype = E4M3 if form.e4m3 else dtype
     out = [sim.Descriptor(np.full((m, n), np.nan), band, dtype) for _ in range(1 + form.keep)]
     residual = tensors["residual"]
-    vectors = [tensors[name] for name in ("bias", "scale", "row_scale")]
+    vectors = [tensors.get(name) for name in ("factor", "bias", "scale", "row_scale")]
     args = (
-        sim.Descriptor(x, (v.rows // smaller, block_k), dtype),
-        sim.Descriptor(weight, (v.block_n // smaller, block_k), dtype),
+        sim.Descriptor(x, (v.rows // smaller, block_k), operand),
+        sim.Descriptor(weight, (v.block_n // smaller, block_k), operand),
         out[0],
         None if residual is None else sim.Descriptor(residual, band, dtype),
         out[1] if form.keep else None,
         *(None if vector is None else sim.Pointer(vector) for vector in vectors),
-        m, n, k, form.activation, v.name == "pingpong", group, v.stages, v.bufs, v.lag, 0, 0,
+        inverse if form.e4m3 else None, m, n, k, form.activation, v.name == "pingpong",
+        form.factor and n % (v.block_n // smaller) == 0, group, v.stages, v.bufs, v.lag, 0, 0,
     )  # fmt: skip
     tiles = -(-m * smaller // v.block_m) * -(-n * smaller // v.block_n)
     sim.run(space["hopper_linear_kernel"], args, warps=4, programs=min(programs, tiles), seed=seed)
@@ -109,8 +128,8 @@ def simulate(
     """One launch of small integers; raises where anything is wrong."""
     rng = np.random.default_rng(seed)
     shapes = {
-        "x": (m, k), "weight": (n, k), "bias": (n,), "scale": (n,), "row_scale": (m,),
-        "residual": (m, n),
+        "x": (m, k), "weight": (n, k), "factor": (n,), "bias": (n,), "scale": (n,),
+        "row_scale": (m,), "residual": (m, n),
     }  # fmt: skip
     there = {"x", "weight"} | {name for name in shapes if getattr(form, name, False)}
     tensors: dict[str, Any] = {
@@ -118,6 +137,8 @@ def simulate(
         for name, shape in shapes.items()
     }
     pre = tensors["x"] @ tensors["weight"].T
+    if form.factor:
+        pre = pre * tensors["factor"]
     if form.bias:
         pre = pre + tensors["bias"]
     want = np.maximum(pre, 0) if form.activation == "relu" else pre
@@ -127,6 +148,8 @@ def simulate(
         want = want * tensors["row_scale"][:, None]
     if form.residual:
         want = want + tensors["residual"]
+    if form.e4m3:
+        want = want * INVERSE
     y, kept = launch(
         space, variant(tile, form), form, tensors, torch.bfloat16, programs=programs, seed=seed,
         smaller=smaller,
@@ -139,7 +162,8 @@ def shapes_of(tile: tuple[str, int, int], form: Form, seed: int) -> list[tuple[i
     """M, N, K and blocks, of tiles an eighth as large: one row, one tile, tails of all three, an
     odd and a large count of tiles, fewer steps than slots and many more."""
     v = variant(tile, form)
-    bm, bn, bk = v.block_m // SMALLER, v.block_n // SMALLER, hopper_plan.BLOCK_K // SMALLER
+    bm, bn = v.block_m // SMALLER, v.block_n // SMALLER
+    bk = hopper_plan.STEP // form.bytes_of_k // SMALLER
     short = (v.stages + 1) * bk if v.lag else bk  # fewest steps that `hopper_choice` gives it
     draw = random.Random(seed)
     return [
@@ -159,8 +183,6 @@ def space() -> dict[str, Any]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_the_protocol_holds(space, tile, form):
-    if FORMS[form].keep and FORMS[form].residual:
-        pytest.skip("no such kernel")
     for seed, shape in enumerate(shapes_of(tile, FORMS[form], 0)):
         simulate(space, tile, FORMS[form], *shape, seed=seed)
 
@@ -241,16 +263,19 @@ FAULTS = {
         PINGPONG, "kept", "                fence_async_shared()\n", "",
     ),
     "too many bytes expected": (
-        COOP, "bias", "(BOXES * ROWS + BLOCK_N) * BLOCK_K * 2",
-        "(BOXES * ROWS + BLOCK_N) * BLOCK_K * 2 + 16",
+        COOP, "bias", "(BOXES * ROWS + BLOCK_N) * BLOCK_K * WIDTH",
+        "(BOXES * ROWS + BLOCK_N) * BLOCK_K * WIDTH + 16",
     ),
     "the other consumer's rows": (
         COOP, "bias", "row = (tile_m * SHARE + OFFSET) * ROWS\n        bands",
         "row = tile_m * SHARE * ROWS\n        bands",
     ),
-    "bias past its end": (PINGPONG, "bias", "mask=cols < N, other=0.0).to(gl.float32)[None, :]\n"
-                          "    return", "mask=cols < N + 8, other=0.0).to(gl.float32)[None, :]\n"
-                          "    return"),
+    "bias past its end": (PINGPONG, "bias", "mask=cols < N, other", "mask=cols < N + 8, other"),
+    "factors past their end": (PINGPONG, "e4m3", "    if EVEN:", "    if True:"),
+    "factors of the tile before": (
+        PINGPONG, "e4m3", "_of_columns(factor, tile_n * BLOCK_N", "_of_columns(factor, 0 * BLOCK_N",
+    ),
+    "bytes of half operands": (PINGPONG, "e4m3", "BLOCK_K * WIDTH", "BLOCK_K * 2"),
 }  # fmt: skip
 
 
@@ -303,6 +328,39 @@ def test_numerics(space, activation, dtype):
             if got is not None:
                 row = measure(name, torch.from_numpy(got).to(dtype), true, theirs)
                 assert row.passed, row
+
+
+OUT_SCALE = 0.013  # of an e4m3 y
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3], ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
+def test_numerics_of_e4m3_operands(space, activation, dtype):
+    """As `test_numerics`, beside `fp8_linear_reference`; what is not stored in e4m3 is added to a
+    residual."""
+    torch.manual_seed(seeds.draw())
+    m, n, k = 130, 144, 336
+    narrow = dtype == E4M3
+    out_scale = OUT_SCALE if narrow else None
+    name = hopper_activation(activation, None, dtype, 1 / OUT_SCALE if narrow else None)
+    form = Form(name, scale=not narrow, residual=not narrow, factor=True, e4m3=narrow)
+    given: dict[str, torch.Tensor] = {
+        "x": (torch.randn(m, k) * 20).to(E4M3), "weight": (torch.randn(n, k) * 40).to(E4M3),
+        "factor": (torch.rand(n) + 0.5) * (k**-0.5 / 800), "bias": torch.randn(n).bfloat16(),
+    }  # fmt: skip
+    if not narrow:
+        given |= {"scale": torch.randn(n).to(dtype), "residual": torch.randn(m, n).to(dtype)}
+    options: dict[str, Any] = {"activation": activation, "out_scale": out_scale}
+    truth = fp8_linear_reference(**{x: t.double() for x, t in given.items()}, **options)
+    eager = fp8_linear_reference(**given, dtype=torch.bfloat16 if narrow else dtype, **options)
+    arrays: dict[str, Any] = {name: t.float().numpy() for name, t in given.items()}
+    with sim.rounded():
+        y, _ = launch(
+            space, variant(PINGPONG, form), form, {"residual": None, **arrays}, dtype,
+            programs=1, seed=0, smaller=1, group=GROUP_M, inverse=1 / OUT_SCALE,
+        )  # fmt: skip
+    row = measure("y", torch.from_numpy(y).to(dtype), truth, eager)
+    assert row.passed, row
 
 
 def through_torch(activation: str, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -360,7 +418,7 @@ def test_every_size_of_16_byte_rows_is_taken(dtype):
                 found = hopper_choice(*metas(m, n, k, dtype, residual=residual), None, dtype)
                 assert isinstance(found, Variant)
                 assert found.stages >= 3
-                assert not found.lag or -(-k // hopper_plan.BLOCK_K) > found.stages
+                assert not found.lag or -(-k * 2 // hopper_plan.STEP) > found.stages
 
 
 def test_a_row_scale_shares_no_tile():

@@ -39,7 +39,7 @@ def own(path: Path) -> set[str]:
 TRITON = {"_tiles", "_activations"}
 ROOMS = {
     "kernel": (TRITON, {"kernel"}),
-    "hopper": (TRITON, {"kernel", "hopper"}),
+    "hopper": ({"_hopper_e4m3", *TRITON}, {"kernel", "hopper"}),
     "hopper_plan": (
         {"_backend", "_device", "_hopper", "_launch", "_tuning", *TRITON},
         {"kernel", "hopper", "launch"},

@@ -14,8 +14,8 @@ import pytest
 
 from fastvit.ledger import entries, fingerprint, label, ledger_path, record, verdict
 
-LINEAR, ATTENTION = entries("linear"), entries("attention")
-ENTRIES = LINEAR + ATTENTION
+LINEAR, FP8, ATTENTION = entries("linear"), entries("linear_fp8"), entries("attention")
+ENTRIES = LINEAR + FP8 + ATTENTION
 # a folder that `pip install --no-deps --target FOLDER triton==3.6.0` has filled
 TRITON_3_6 = os.environ.get("FASTVIT_TRITON36", "")
 OLDER = pytest.param(
@@ -51,6 +51,7 @@ def test_what_was_proven_has_not_changed(folder):
 
 def test_every_entry_was_right_and_says_where():
     assert len(LINEAR) >= 6
+    assert len(FP8) >= 4
     assert len(ATTENTION) >= 10
     for entry in ENTRIES:
         proof = entry["proof"]
@@ -145,6 +146,30 @@ REST = [
 ]
 
 
+def fp8(variant: str, tile: tuple[int, int], activation: str, *operands: str, **other: Any):
+    half = linear(variant, tile, activation, *operands, **other)
+    return half | {"op": "linear_fp8", "tile": [*tile, 128]}
+
+
+E4M3 = "float8_e4m3fn"
+SOME += [fp8("pingpong", (64, 64), "gelu_tanh", "bias", dtype=E4M3, N=1008, K=208)]
+REST += [
+    *(
+        fp8("pingpong", tile, activation, *operands, dtype=dtype, N=n, K=n)
+        for tile in ((128, 128), (64, 128), (64, 64))
+        for activation, operands, dtype, n in (
+            ("none", ("bias",), "bfloat16", 4304),
+            ("gelu", ALL, "bfloat16", 1008),
+            ("gelu", ("bias",), E4M3, 1408),
+            ("gelu", ("bias", "scale"), E4M3, 1408),
+            ("quick_gelu", ("bias",), E4M3, 1008),
+            ("none", ("bias", "residual"), "float16", 768),
+        )
+    ),
+    fp8("coop", (128, 256), "none", *ALL, K=4096, N=1024),
+]
+
+
 def attention(variant: str, n: int, d: int, *operands: str, b: int = 64, **other: Any):
     return {
         "op": "attention", "variant": variant, "dtype": "bfloat16", "operands": operands, "B": b,
@@ -193,8 +218,8 @@ def check(configurations: list[dict[str, Any]], found: dict[str, Any]) -> None:
         assert [w for w in facts["warnings"] if "Too many maxnreg" not in w] == []
         assert facts["shared"] <= 232_448
         assert facts["registers"] * 32 * facts["warps"] <= 65_536
-        assert min(facts["HGMMA"], facts["UTMALDG"]) > 0
-        assert bool(facts["UTMASTG"]) == (configuration["op"] == "linear")
+        assert min(facts["GMMA"], facts["UTMALDG"]) > 0
+        assert bool(facts["UTMASTG"]) == configuration["op"].startswith("linear")
 
 
 @pytest.mark.parametrize("folder", ["", OLDER])

@@ -1,4 +1,5 @@
-"""y = act(x W^T + b) * scale * row_scale + residual on Hopper, in Gluon.
+"""y = act(x W^T + b) * scale * row_scale + residual on Hopper, in Gluon. Of e4m3 operands x W^T is
+multiplied by a factor a column, and y may be e4m3 too.
 
 A persistent kernel of three roles: blocks are dealt tiles round robin; one warp of a block brings
 tiles of x and W into a ring of shared memory; one warp per consumer brings its residual; two
@@ -49,6 +50,7 @@ from fastvit.kernels._activations import (
     GELU_P8,
     activate,
 )
+from fastvit.kernels._hopper_e4m3 import E4M3, GELU_E4M3, as_pairs, e4m3_pairs
 
 CONSUMERS = gl.constexpr(2)
 
@@ -60,14 +62,17 @@ def hopper_linear_kernel(
     y,  # [M, N] in boxes [ROWS, COLS]
     residual,  # as y, or None
     pre,  # as y, or None: gets x W^T + b; not with a residual
+    factor,  # float32 [N] with e4m3 operands, else None
     bias,  # [N] or None
     scale,  # [N] or None
     row_scale,  # [M] or None
+    inverse,  # of y's scale, a number, where y is e4m3, else None
     M,
     N,
     K,
     ACTIVATION: gl.constexpr,
     PINGPONG: gl.constexpr,
+    EVEN: gl.constexpr,  # columns of e4m3 operands need no mask: N is a multiple of BLOCK_N
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,  # slots of the ring
     BUFS: gl.constexpr,  # buffers of y for each consumer
@@ -82,6 +87,7 @@ def hopper_linear_kernel(
     CHUNKS: gl.constexpr = BLOCK_N // COLS
     SHARE: gl.constexpr = 1 if PINGPONG else CONSUMERS
     DTYPE: gl.constexpr = x.block_type.element_ty
+    Y_DTYPE: gl.constexpr = y.block_type.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     gl.static_assert(CHUNKS % BUFS == 0 or pre is not None)
     # a residual's buffer is given back when the next band has been stored from another one
@@ -93,7 +99,7 @@ def hopper_linear_kernel(
 
     x_bufs = gl.allocate_shared_memory(DTYPE, [STAGES * SHARE, ROWS, BLOCK_K], x.layout)
     w_bufs = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, BLOCK_K], weight.layout)
-    y_bufs = gl.allocate_shared_memory(DTYPE, [CONSUMERS * BUFS, ROWS, COLS], y.layout)
+    y_bufs = gl.allocate_shared_memory(Y_DTYPE, [CONSUMERS * BUFS, ROWS, COLS], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     residual_full = gl.allocate_shared_memory(
@@ -124,13 +130,13 @@ def hopper_linear_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
-                    None if row_scale is None else M, True, ACTIVATION, 0, PINGPONG, GROUP_M,
+                    y, pre, factor, bias, scale, row_scale, inverse, buffers, barriers, sizes,
+                    None if row_scale is None else M, True, ACTIVATION, 0, PINGPONG, EVEN, GROUP_M,
                     STAGES, CHUNKS, BUFS, LAG,
                 )),
                 (_consume, (
-                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
-                    None if row_scale is None else M, True, ACTIVATION, 1, PINGPONG, GROUP_M,
+                    y, pre, factor, bias, scale, row_scale, inverse, buffers, barriers, sizes,
+                    None if row_scale is None else M, True, ACTIVATION, 1, PINGPONG, EVEN, GROUP_M,
                     STAGES, CHUNKS, BUFS, LAG,
                 )),
                 (_load_operands, (x, weight, buffers, barriers, sizes, GROUP_M, STAGES, SHARE)),
@@ -148,13 +154,13 @@ def hopper_linear_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
-                    None if row_scale is None else M, False, ACTIVATION, 0, PINGPONG, GROUP_M,
+                    y, pre, factor, bias, scale, row_scale, inverse, buffers, barriers, sizes,
+                    None if row_scale is None else M, False, ACTIVATION, 0, PINGPONG, EVEN, GROUP_M,
                     STAGES, CHUNKS, BUFS, LAG,
                 )),
                 (_consume, (
-                    y, pre, bias, scale, row_scale, buffers, barriers, sizes,
-                    None if row_scale is None else M, False, ACTIVATION, 1, PINGPONG, GROUP_M,
+                    y, pre, factor, bias, scale, row_scale, inverse, buffers, barriers, sizes,
+                    None if row_scale is None else M, False, ACTIVATION, 1, PINGPONG, EVEN, GROUP_M,
                     STAGES, CHUNKS, BUFS, LAG,
                 )),
                 (_load_operands, (x, weight, buffers, barriers, sizes, GROUP_M, STAGES, SHARE)),
@@ -179,7 +185,8 @@ def _load_operands(
     ROWS: gl.constexpr = x.block_type.shape[0]
     BLOCK_K: gl.constexpr = x.block_type.shape[1]
     BLOCK_N: gl.constexpr = weight.block_type.shape[0]
-    BYTES: gl.constexpr = (BOXES * ROWS + BLOCK_N) * BLOCK_K * 2  # clipped boxes count in full
+    WIDTH: gl.constexpr = x.block_type.element_ty.primitive_bitwidth // 8
+    BYTES: gl.constexpr = (BOXES * ROWS + BLOCK_N) * BLOCK_K * WIDTH  # clipped boxes count in full
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -239,10 +246,10 @@ def _load_residual(
 
 @gluon.jit
 def _consume(
-    y, pre, bias, scale, row_scale, buffers, barriers, sizes, M,
+    y, pre, factor, bias, scale, row_scale, inverse, buffers, barriers, sizes, M,
     HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, CONSUMER: gl.constexpr,
-    PINGPONG: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
-    BUFS: gl.constexpr, LAG: gl.constexpr,
+    PINGPONG: gl.constexpr, EVEN: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr, BUFS: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: multiplies, finishes and stores its part of each tile."""
     x_bufs, w_bufs, y_bufs = buffers
@@ -252,8 +259,11 @@ def _consume(
     ROWS: gl.constexpr = x_bufs.shape[1]
     BLOCK_N: gl.constexpr = w_bufs.shape[1]
     COLS: gl.constexpr = BLOCK_N // CHUNKS
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
+    DEPTH: gl.constexpr = 256 // x_bufs.dtype.primitive_bitwidth  # of one instruction
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, DEPTH])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, DEPTH])
+    # in turns, waiting for a factor costs less before the first product than after the last
+    EARLY: gl.constexpr = PINGPONG and factor is not None
     SHARE: gl.constexpr = 1 if PINGPONG else CONSUMERS  # consumers on one tile
     OFFSET: gl.constexpr = 0 if PINGPONG else CONSUMER
     TURNS: gl.constexpr = CONSUMERS if PINGPONG else 1  # tiles from one of its own to the next
@@ -271,6 +281,11 @@ def _consume(
         stage = step % STAGES
         phase = (step // STAGES) & 1
         step += TURNS * k_tiles
+        if EARLY:
+            factors = _of_columns(factor, tile_n * BLOCK_N, N, BLOCK_N, ACC, EVEN)
+            biases = bias
+            if bias is not None:
+                biases = _of_columns(bias, tile_n * BLOCK_N, N, BLOCK_N, ACC, EVEN)
 
         if PINGPONG:
             if CONSUMER > 0:
@@ -309,26 +324,41 @@ def _consume(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(stage))
 
+        if EARLY:
+            acc = _affine(acc, factors, biases)
+
         row = (tile_m * SHARE + OFFSET) * ROWS
         bands = _columns(acc, CHUNKS, OUT)
         for chunk in gl.static_range(CHUNKS):
             col = (tile_n * CHUNKS + chunk) * COLS
             which = CONSUMER * BUFS + (1 if pre is not None else chunk % BUFS)
-            value = _add_bias(bands[chunk], bias, col, N, OUT)
+            value = bands[chunk]
+            if not EARLY:
+                if factor is not None:
+                    factors = _of_columns(factor, col, N, COLS, OUT, EVEN)
+                    biases = bias
+                    if bias is not None:
+                        biases = _of_columns(bias, col, N, COLS, OUT, EVEN)
+                    value = _affine(value, factors, biases)
+                elif bias is not None:
+                    value += _of_columns(bias, col, N, COLS, OUT, EVEN).to(gl.float32)[None, :]
             if pre is not None:
                 tma.store_wait(1)  # not the last band's y
                 kept = y_bufs.index(CONSUMER * BUFS)
                 kept.store(value.to(kept.dtype))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(pre, [row, col], kept)
-            value = _finish(value, scale, row_scale, row, col, M, N, ACTIVATION, OUT)
+            value = _finish(value, scale, row_scale, inverse, row, col, M, N, ACTIVATION, OUT, EVEN)
             buf = y_bufs.index(which)
             if HAS_RESIDUAL:
                 mbarrier.wait(residual_full.index(which), (turn * USES + chunk // BUFS) & 1)
                 value += buf.load(OUT).to(gl.float32)
             else:
                 tma.store_wait(BUFS - 1)
-            buf.store(value.to(buf.dtype))
+            if inverse is not None:
+                as_pairs(buf).store(value)
+            else:
+                buf.store(value.to(buf.dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(y, [row, col], buf)
             if HAS_RESIDUAL and chunk > 0:
@@ -361,31 +391,49 @@ def _multiply(
 
 
 @gluon.jit
-def _add_bias(value, bias, first_col, N, LAYOUT: gl.constexpr):
-    """A band of columns of x W^T + b, float32."""
-    cols = first_col + gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    if bias is not None:
-        value += gl.load(bias + cols, mask=cols < N, other=0.0).to(gl.float32)[None, :]
-    return value
+def _of_columns(
+    pointer, first_col, N, COLS: gl.constexpr, LAYOUT: gl.constexpr, EVEN: gl.constexpr
+):
+    """COLS values of `pointer` [N] from `first_col` on."""
+    cols = first_col + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
+    if EVEN:
+        return gl.load(pointer + cols)
+    else:
+        return gl.load(pointer + cols, mask=cols < N, other=0.0)
+
+
+@gluon.jit
+def _affine(value, factors, biases):
+    """value * factors + biases, each of a column."""
+    if biases is not None:
+        return value * factors[None, :] + biases.to(gl.float32)[None, :]
+    else:
+        return value * factors[None, :]
 
 
 @gluon.jit
 def _finish(
-    value, scale, row_scale, first_row, first_col, M, N,
-    ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr,
+    value, scale, row_scale, inverse, first_row, first_col, M, N,
+    ACTIVATION: gl.constexpr, LAYOUT: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """act(value) * scale * row_scale"""
-    if ACTIVATION == "gelu_polynomial":
-        value = _gelu_polynomial(value)
+    """act(value) * scale * row_scale, a band of columns in float32; with `inverse` of e4m3, in
+    pairs."""
+    if ACTIVATION == "gelu_e4m3":
+        return e4m3_pairs(value, inverse, GELU_E4M3)
     else:
-        value = activate(value, ACTIVATION)
-    if scale is not None:
-        cols = first_col + gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-        value *= gl.load(scale + cols, mask=cols < N, other=0.0).to(gl.float32)[None, :]
-    if row_scale is not None:
-        rows = first_row + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-        value *= gl.load(row_scale + rows, mask=rows < M, other=0.0).to(gl.float32)[:, None]
-    return value
+        if ACTIVATION == "gelu_polynomial":
+            value = _gelu_polynomial(value)
+        else:
+            value = activate(value, ACTIVATION)
+        if scale is not None:
+            scales = _of_columns(scale, first_col, N, value.shape[1], LAYOUT, EVEN)
+            value *= scales.to(gl.float32)[None, :]
+        if row_scale is not None:
+            rows = first_row + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+            value *= gl.load(row_scale + rows, mask=rows < M, other=0.0).to(gl.float32)[:, None]
+        if inverse is not None:
+            value = e4m3_pairs(value, inverse, E4M3)
+        return value
 
 
 GELU_CLAMP_SQUARED = gl.constexpr(GELU_CLAMP.value * GELU_CLAMP.value)

@@ -1,8 +1,9 @@
 """Which of Hopper's linear kernels runs a shape, and its launch.
 
 Measured on an H200 (2026-11-27, M = 50,432, bfloat16; `proven/sm90.json`): tiles of 128x128 in
-turns win for K = 768, shared tiles of 128x256 with a residual for K = 3,072 by 2 %. The rest
-follows a rule until it is measured: fewest microseconds by `_microseconds`, which fits those.
+turns win for K = 768, shared tiles of 128x256 with a residual for K = 3,072 by 2 %. The rest, all
+of e4m3 with it, follows a rule until it is measured: fewest microseconds by `_microseconds`, which
+fits those. Operands count by the byte: an e4m3 product is a half product of half the K.
 
 Legend: M rows, N output features, K input features.
 """
@@ -21,7 +22,7 @@ from fastvit.kernels._launch import Box, Prepared, fits_tma, row_count, rows_of
 from fastvit.kernels._tuning import TileConfig, cdiv
 
 GROUP_M = 8
-BLOCK_K = 64
+STEP = 128  # bytes of K in a slot
 REGISTERS = 232  # a thread of a consumer; the rest of 168 a thread goes to the loading warps
 LOAD_REGISTERS = 40
 BARRIERS = 1024  # bytes of shared memory that is left for them
@@ -29,9 +30,12 @@ MAX_STAGES = 12  # all of K = 768
 # the first of those that cost the same is taken
 PINGPONG_TILES = ((128, 128), (64, 128), (64, 64))
 COOP_TILE = (128, 256)
-COOP_K = 2048  # from which a shared tile's longer epilogue is worth its fewer bytes
+COOP_BYTES = 4096  # of a row of x, from which a shared tile's long epilogue is worth its few bytes
 NAMES = ("pingpong", "coop")  # backends that a tuning table may name with a tile
 HALF = (torch.bfloat16, torch.float16)
+E4M3 = torch.float8_e4m3fn
+# of an e4m3 y's scale, between which float16 holds GELU(x) and its product as exactly as e4m3 asks
+GELU_INVERSES = (2.0**-14, 2.0**11)
 
 
 class Variant(NamedTuple):
@@ -87,6 +91,7 @@ def hopper_choice(
     GPU, imports nothing.
 
     Args:
+        x, weight: of a half dtype or e4m3.
         residual, row_scale: of the epilogue; bias, scale and activation may be any.
         dtype: of the result.
         keep: what goes into the activation is stored too.
@@ -96,89 +101,114 @@ def hopper_choice(
     if problem is not None:
         return problem
     (n, k), m, added = weight.shape, row_count(x), residual is not None
+    form = {"residual": added, "keep": keep, "e4m3": dtype == E4M3}
+    row_bytes = k * x.dtype.itemsize
     if tile is not None and tile.backend in NAMES:
-        choice = variant_of(tile.backend, tile.BLOCK_M, tile.BLOCK_N, residual=added, keep=keep)
+        choice = variant_of(tile.backend, tile.BLOCK_M, tile.BLOCK_N, **form)
         # triton spills registers of shared tiles with a row_scale; a lag counts on a full ring
-        long = cdiv(k, BLOCK_K) > choice.stages
+        long = cdiv(row_bytes, STEP) > choice.stages
         if tile.backend == "pingpong" or (long and row_scale is None):
             return choice
-    variants = [variant_of("pingpong", *t, residual=added, keep=keep) for t in PINGPONG_TILES]
-    if added and row_scale is None and k >= COOP_K:
+    variants = [variant_of("pingpong", *t, **form) for t in PINGPONG_TILES]
+    if added and row_scale is None and row_bytes >= COOP_BYTES:
         variants.insert(0, variant_of("coop", *COOP_TILE, residual=True))
     processors = multiprocessors(x.device)
-    return min(variants, key=lambda v: _microseconds(v, m, n, k, processors))
+    return min(variants, key=lambda v: _microseconds(v, m, n, row_bytes, processors))
 
 
 def _problem(
     x: Meta, weight: Meta, residual: Meta | None, dtype: torch.dtype, keep: bool
 ) -> str | None:
     n, k = weight.shape
-    if x.dtype not in HALF:
-        return f"operands are {x.dtype}, not bfloat16 or float16"
-    if dtype != x.dtype or (residual is not None and residual.dtype != x.dtype):
-        return f"operands are {x.dtype}, but the result or the residual is not"
-    if n % 8 or k % 8:
-        return f"rows of N={n:,} or K={k:,} values do not fill units of 16 bytes"
-    for name, matrix in (("x", x), ("weight", weight), ("residual", residual)):
-        if matrix is not None and not fits_tma(matrix):
-            return f"{name}'s rows do not start at multiples of 16 bytes"
-    if keep and residual is not None:
-        return "the value before an activation is kept beside a residual"
-    return None
+    added = None if residual is None else residual.dtype
+    results = (*HALF, E4M3) if x.dtype == E4M3 else (x.dtype,)
+    unaligned = [
+        name
+        for name, matrix in (("x", x), ("weight", weight), ("residual", residual))
+        if matrix is not None and not fits_tma(matrix)
+    ]
+    reasons = {
+        f"operands are {x.dtype}, not bfloat16, float16 or e4m3": x.dtype not in (*HALF, E4M3),
+        f"operands are {x.dtype}, the result {dtype}": dtype not in results,
+        f"the result is {dtype}, the residual {added}": added not in (None, dtype),
+        f"rows of N={n:,} or K={k:,} values do not fill units of 16 bytes": (
+            n * dtype.itemsize % 16 or k * x.dtype.itemsize % 16
+        ),
+        f"rows of {' and '.join(unaligned)} do not start at multiples of 16 bytes": unaligned,
+        "the value before an activation is kept beside a residual": keep and added,
+        "the result is e4m3 beside a residual": dtype == E4M3 and added,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _microseconds(v: Variant, m: int, n: int, k: int, processors: int) -> float:
+def _microseconds(v: Variant, m: int, n: int, row_bytes: int, processors: int) -> float:
     """Of the products: a multiprocessor of an H200 takes in 90 KB a microsecond from the L2 cache
-    and makes 5.6 million operations, and the busiest one has as many tiles as there are waves."""
-    step = max((v.block_m + v.block_n) * 2 / 90e3, 2 * v.block_m * v.block_n / 5.6e6)
-    return cdiv(v.tiles(m, n), processors) * k * step
+    and multiplies 5.6 million bytes by a column, and the busiest one has as many tiles as there are
+    waves."""
+    step = max((v.block_m + v.block_n) / 90e3, v.block_m * v.block_n / 5.6e6)
+    return cdiv(v.tiles(m, n), processors) * row_bytes * step
 
 
 def variant_of(
-    name: str, block_m: int, block_n: int, *, residual: bool = False, keep: bool = False
-) -> Variant:
-    """With as many slots as shared memory holds."""
-    cols = min(64, block_n // 2)
+    name: str, block_m: int, block_n: int, *, residual: bool = False, keep: bool = False,
+    e4m3: bool = False,
+) -> Variant:  # fmt: skip
+    """With as many slots as shared memory holds; with `e4m3`, y is of that."""
+    cols = min(64, block_n // 2) * (2 if e4m3 else 1)
+    band = cols * (1 if e4m3 else 2)  # bytes of a row
     if name == "pingpong":
         bufs = 2 if residual or keep else 1
-        y_bytes = 2 * bufs * block_m * cols * 2
+        y_bytes = 2 * bufs * block_m * band
     else:  # all of a tile's residual in advance
         bufs = block_n // cols if residual else 2
-        y_bytes = bufs * block_m * cols * 2
+        y_bytes = bufs * block_m * band
     room = SHARED_MEMORY["sm90"] - BARRIERS - y_bytes
-    stages = min(room // ((block_m + block_n) * BLOCK_K * 2), MAX_STAGES)
+    stages = min(room // ((block_m + block_n) * STEP), MAX_STAGES)
     return Variant(name, block_m, block_n, cols, stages, bufs, stages if name == "coop" else 0)
 
 
 def prepare_hopper(
-    choice: Variant, x: Meta, weight: Meta, residual: Meta | None, activation: str, *, keep: bool
-) -> Prepared:
-    """`run` is given x, weight, bias, scale, residual, row_scale, y [M, N] and pre."""
+    choice: Variant, x: Meta, weight: Meta, residual: Meta | None, activation: str, *,
+    keep: bool = False, dtype: torch.dtype | None = None, inverse: float | None = None,
+) -> Prepared:  # fmt: skip
+    """`run` is given x, weight, bias, scale, residual, row_scale, y [M, N] and pre; where operands
+    are e4m3 x, weight, factor, bias, scale, residual and y.
+
+    Args:
+        dtype, inverse: of y; by default x's, and none.
+    """
     from fastvit.kernels.linear.hopper import hopper_linear_kernel
 
     (n, k), m = weight.shape, row_count(x)
+    dtype = dtype or x.dtype
+    e4m3 = x.dtype == E4M3
     constants = (
-        m, n, k, activation, choice.name == "pingpong", GROUP_M, choice.stages, choice.bufs,
-        choice.lag, REGISTERS, LOAD_REGISTERS,
+        m, n, k, activation, choice.name == "pingpong", e4m3 and n % choice.block_n == 0, GROUP_M,
+        choice.stages, choice.bufs, choice.lag, REGISTERS, LOAD_REGISTERS,
     )  # fmt: skip
 
-    def arguments(
+    def of_half(
         x: Tensor, weight: Tensor, bias: Any, scale: Any, residual: Any, row_scale: Any,
         y: Tensor, pre: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        return (x, weight, y, residual, pre, bias, scale, row_scale, *constants)
+        return (x, weight, y, residual, pre, None, bias, scale, row_scale, None, *constants)
 
-    band = choice.rows, choice.cols
+    def of_e4m3(
+        x: Tensor, weight: Tensor, factor: Tensor, bias: Any, scale: Any, residual: Any, y: Tensor
+    ) -> tuple[Any, ...]:
+        return (x, weight, y, residual, None, factor, bias, scale, None, inverse, *constants)
+
+    band, block_k = (choice.rows, choice.cols), STEP // x.dtype.itemsize
     boxes = (
-        _box((m, k), rows_of(x), (choice.rows, BLOCK_K), x.dtype),
-        _box((n, k), rows_of(weight), (choice.block_n, BLOCK_K), x.dtype),
-        _box((m, n), None, band, x.dtype),
-        None if residual is None else _box((m, n), rows_of(residual), band, x.dtype),
-        _box((m, n), None, band, x.dtype) if keep else None,
+        _box((m, k), rows_of(x), (choice.rows, block_k), x.dtype),
+        _box((n, k), rows_of(weight), (choice.block_n, block_k), x.dtype),
+        _box((m, n), None, band, dtype),
+        None if residual is None else _box((m, n), rows_of(residual), band, dtype),
+        _box((m, n), None, band, dtype) if keep else None,
     )
     programs = min(choice.tiles(m, n), multiprocessors(x.device))
-    tile = TileConfig(choice.block_m, choice.block_n, BLOCK_K, 4, choice.stages, choice.name)
-    return Prepared(hopper_linear_kernel, programs, tile, arguments, boxes)
+    tile = TileConfig(choice.block_m, choice.block_n, block_k, 4, choice.stages, choice.name)
+    return Prepared(hopper_linear_kernel, programs, tile, of_e4m3 if e4m3 else of_half, boxes)
 
 
 def _box(
@@ -190,7 +220,7 @@ def _box(
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, E4M3: gl.float8e4nv}[dtype]
     layout: Any = gl.NVMMASharedLayout.get_default_for([*block], element)
     sizes, steps = [*shape], [*(strides or (shape[1], 1))]
     return Box(lambda tensor: TensorDescriptor(tensor, sizes, steps, [*block], layout))

@@ -172,11 +172,16 @@ def build(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
 
 def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     """Of ``linear``, or of ``linear_fp8``, whose ``dtype`` is y's."""
-    from fastvit.kernels.linear.hopper_plan import E4M3, Variant, hopper_choice, prepare_hopper
+    from fastvit.kernels.linear.hopper_plan import (
+        E4M3,
+        Variant,
+        e4m3_activation,
+        hopper_choice,
+        prepare_hopper,
+    )
     from fastvit.kernels.linear.launch import exact_activation
-    from fastvit.kernels.linear_fp8.launch import hopper_activation
 
-    dtype, activation = getattr(torch, configuration["dtype"]), configuration["activation"]
+    dtype = getattr(torch, configuration["dtype"])
     n, k = configuration["N"], configuration["K"]
     device, fp8 = torch.device("meta"), configuration["op"] == "linear_fp8"
     # in the order of the launch's tensors
@@ -199,10 +204,8 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     if not isinstance(choice, Variant) or choice.name != configuration["variant"]:
         raise ValueError(f"no such kernel: {configuration}: {choice}")
     inverse = 100.0 if dtype == E4M3 else None
-    if fp8:
-        activation = hopper_activation(activation, metas["scale"], dtype, inverse)
-    else:
-        activation = exact_activation(activation, dtype)
+    activation = exact_activation(configuration["activation"], dtype)
+    activation = e4m3_activation(activation, metas["scale"], inverse)
     prepared = prepare_hopper(choice, *sides, activation, keep=keep, dtype=dtype, inverse=inverse)
     return prepared, prepared.for_triton(*tensors.values())
 

@@ -28,7 +28,6 @@ from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear.hopper_plan import GROUP_M, Variant, hopper_choice
 from fastvit.kernels.linear.launch import exact_activation, hopper_variant, looked_up, prepare
 from fastvit.kernels.linear.reference import finish_reference
-from fastvit.kernels.linear_fp8.launch import hopper_activation
 from fastvit.kernels.linear_fp8.reference import fp8_linear_reference
 from fastvit.launches import recorded
 from fastvit.numerics import measure
@@ -342,7 +341,8 @@ def test_numerics_of_e4m3_operands(space, activation, dtype):
     m, n, k = 130, 144, 336
     narrow = dtype == E4M3
     out_scale = OUT_SCALE if narrow else None
-    name = hopper_activation(activation, None, dtype, 1 / OUT_SCALE if narrow else None)
+    exact = exact_activation(activation, dtype)
+    name = hopper_plan.e4m3_activation(exact, None, 1 / OUT_SCALE if narrow else None)
     form = Form(name, scale=not narrow, residual=not narrow, factor=True, e4m3=narrow)
     given: dict[str, torch.Tensor] = {
         "x": (torch.randn(m, k) * 20).to(E4M3), "weight": (torch.randn(n, k) * 40).to(E4M3),

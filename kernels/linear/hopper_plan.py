@@ -167,6 +167,18 @@ def variant_of(
     return Variant(name, block_m, block_n, cols, stages, bufs, stages if name == "coop" else 0)
 
 
+def e4m3_activation(activation: str, scale: Meta | None, inverse: float | None) -> str:
+    """Of Hopper's kernel, for `exact_activation`'s: GELU in float16 where y is e4m3 and that is as
+    exact.
+
+    Args:
+        inverse: of y's scale, where y is e4m3.
+    """
+    low, high = GELU_INVERSES
+    fits = activation == "gelu_polynomial" and inverse is not None and low <= inverse <= high
+    return "gelu_e4m3" if fits and scale is None else activation
+
+
 def prepare_hopper(
     choice: Variant, x: Meta, weight: Meta, residual: Meta | None, activation: str, *,
     keep: bool = False, dtype: torch.dtype | None = None, inverse: float | None = None,

@@ -14,13 +14,8 @@ from fastvit.kernels._hopper import refuse
 from fastvit.kernels._launch import Output, Prepared, as_rows, as_vector
 from fastvit.kernels._tuning import TileConfig, cdiv
 from fastvit.kernels.layer_norm import launch as layer_norm
+from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear import launch as linear
-from fastvit.kernels.linear.hopper_plan import (
-    GELU_INVERSES,
-    Variant,
-    hopper_variant,
-    prepare_hopper,
-)
 from fastvit.kernels.linear_fp8.reference import E4M3
 
 # values a program: 16 bytes of bfloat16 for each of 4 x 128 loads
@@ -61,25 +56,15 @@ def prepare(
     tile = linear.portable_tile(choice, x, weight, linear.LARGE_TILE)
     exact = linear.exact_activation(activation, y.dtype)
     launch = linear.prepare_product(x, weight, tile, operands, finish_fp8, exact, "highest")
-    variant = hopper_variant(x, weight, residual, None, y.dtype, choice)
-    if isinstance(variant, Variant):
-        portable = launch
-        form = hopper_activation(activation, scale, y.dtype, inverse)
-        launch = prepare_hopper(variant, x, weight, residual, form, dtype=y.dtype, inverse=inverse)
+    variant = hopper_plan.hopper_variant(x, weight, residual, None, y.dtype, choice)
+    if isinstance(variant, hopper_plan.Variant):
+        portable, form = launch, hopper_plan.e4m3_activation(exact, scale, inverse)
+        sides = x, weight, residual
+        launch = hopper_plan.prepare_hopper(variant, *sides, form, dtype=y.dtype, inverse=inverse)
         launch.spare = lambda error: refuse(error) or portable
     in_place = residual_strides is not None and _launch.rows_of(x) is not None
     in_place = in_place and _launch.is_packed(factor, bias, scale)
     return y._replace(launch=launch, adapt=None if in_place else adapt)
-
-
-def hopper_activation(
-    activation: str, scale: Meta | None, dtype: torch.dtype, inverse: float | None
-) -> str:
-    """Its name in Hopper's kernel: GELU in float16 where that is as exact as an e4m3 y."""
-    low, high = GELU_INVERSES
-    if activation == "gelu" and scale is None and inverse is not None and low <= inverse <= high:
-        return "gelu_e4m3"
-    return linear.exact_activation(activation, dtype)
 
 
 @cached

@@ -28,6 +28,7 @@ from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear.hopper_plan import GROUP_M, Variant, hopper_choice
 from fastvit.kernels.linear.launch import exact_activation, hopper_variant, looked_up, prepare
 from fastvit.kernels.linear.reference import finish_reference
+from fastvit.kernels.linear_fp8.op import fp8_linear
 from fastvit.kernels.linear_fp8.reference import fp8_linear_reference
 from fastvit.launches import recorded
 from fastvit.numerics import measure
@@ -421,6 +422,36 @@ def test_every_size_of_16_byte_rows_is_taken(dtype):
                 assert not found.lag or -(-k * 2 // hopper_plan.STEP) > found.stages
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3], ids=str)
+def test_e4m3_operands_are_taken(dtype):
+    """Of every size whose rows fill 16 bytes; of many rows as the table says."""
+    for m, n, k in ((197, 192, 192), (1000, 4304, 1152), (50432, 3072, 768), (7, 16, 16)):
+        x, weight, _ = metas(m, n, k, E4M3)
+        found = hopper_choice(x, weight, None, None, dtype)
+        assert isinstance(found, Variant)
+        assert found.stages >= 3
+    with _device.emulate("sm90"), recorded() as launches:
+        x, weight = (torch.empty(s, dtype=E4M3) for s in ((2048, 768), (3072, 768)))
+        out_scale = 0.01 if dtype == E4M3 else None
+        options: dict[str, Any] = {"activation": "gelu", "out_scale": out_scale}
+        y = fp8_linear(x, weight, torch.ones(3072), dtype=torch.bfloat16, **options)
+    ((launch, arguments),) = launches
+    assert launch.tile.backend == "pingpong"
+    assert ("gelu_e4m3" in arguments) == (y.dtype == E4M3)
+
+
+def test_gelu_in_float16_is_for_scales_that_float16_holds():
+    def chosen(inverse: float | None, **other: Any) -> str:
+        return hopper_plan.e4m3_activation(
+            exact_activation("gelu", E4M3), other.get("scale"), inverse
+        )
+
+    assert chosen(100.0) == "gelu_e4m3"
+    for inverse in (None, 1e-5, 1e5):
+        assert chosen(inverse) == "gelu_polynomial"
+    assert chosen(100.0, scale=packed(torch.bfloat16, (64,), CPU)) == "gelu_polynomial"
+
+
 def test_a_row_scale_shares_no_tile():
     x, weight, residual = metas(50432, 768, 3072, residual=True)
     scale = packed(torch.bfloat16, (50432,), CPU)
@@ -459,15 +490,24 @@ def test_what_it_cannot_take_has_a_reason():
     assert residual is not None
     for given, dtype, keep, reason in (
         (metas(64, 64, 64, single), single, False, "operands are torch.float32"),
-        ((x, weight, None), single, False, "the result or the residual is not"),
-        ((x, weight, metas(64, 64, 64, single, residual=True)[2]), half, False, "the residual"),
+        ((x, weight, None), single, False, "the result torch.float32"),
+        (
+            (x, weight, metas(64, 64, 64, single, residual=True)[2]),
+            half,
+            False,
+            "the residual torch.float32",
+        ),
         (metas(64, 65, 64), half, False, "N=65"),
         (metas(64, 64, 588), half, False, "K=588"),
-        ((x._replace(aligned=False), weight, None), half, False, "x's rows"),
-        ((x._replace(strides=(65, 1)), weight, None), half, False, "x's rows"),
-        ((x, weight._replace(strides=(1, 64)), None), half, False, "weight's rows"),
-        ((x, weight, residual._replace(strides=(0, 1))), half, False, "residual's rows"),
+        ((x._replace(aligned=False), weight, None), half, False, "rows of x"),
+        ((x._replace(strides=(65, 1)), weight, None), half, False, "rows of x"),
+        ((x, weight._replace(strides=(1, 64)), None), half, False, "rows of weight"),
+        ((x, weight, residual._replace(strides=(0, 1))), half, False, "rows of residual"),
         ((x, weight, residual), half, True, "kept beside a residual"),
+        (metas(64, 64, 64, E4M3, residual=True), E4M3, False, "e4m3 beside a residual"),
+        (metas(64, 72, 64, E4M3), E4M3, False, "N=72"),
+        (metas(64, 64, 72, E4M3), half, False, "K=72"),
+        (metas(64, 64, 64, E4M3), single, False, "the result torch.float32"),
     ):
         found = hopper_choice(*given, None, dtype, keep=keep)
         assert isinstance(found, str), reason

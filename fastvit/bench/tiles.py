@@ -91,7 +91,7 @@ def canonical(tile: TileConfig) -> TileConfig:
         keys = tile.BLOCK_N if tile.backend in attention_plan.LONG else attention_plan.ROWS
         return TileConfig(attention_plan.ROWS, keys, backend=tile.backend)
     if tile.backend in hopper_plan.NAMES:
-        return TileConfig(tile.BLOCK_M, tile.BLOCK_N, hopper_plan.BLOCK_K, backend=tile.backend)
+        return TileConfig(tile.BLOCK_M, tile.BLOCK_N, backend=tile.backend)
     return TileConfig(128, 128, backend="cublas") if tile.backend == "cublas" else tile
 
 
@@ -109,8 +109,9 @@ def fits(query: Query, tile: TileConfig, shared_memory: int) -> bool:
     if tile.backend in hopper_plan.NAMES:
         pingpong = tile.backend == "pingpong"
         known = hopper_plan.PINGPONG_TILES if pingpong else (hopper_plan.COOP_TILE,)
-        half = getattr(torch, query.dtype) in hopper_plan.HALF and query.arch == "sm90"
-        return half and (block_m, block_n) in known and not (sizes["N"] % 8 or sizes["K"] % 8)
+        takes = getattr(torch, query.dtype) in (*hopper_plan.HALF, hopper_plan.E4M3)
+        rows = sizes["N"] % 8 == 0 == sizes["K"] * itemsize % 16
+        return takes and rows and query.arch == "sm90" and (block_m, block_n) in known
     if tile.backend in attention_plan.NAMES:
         short = tile.backend in attention_plan.SHORT
         keys = range(1, attention_plan.MOST_KEYS + 1) if short else range(64, 1 << 31)

@@ -262,8 +262,11 @@ def _consume(
     DEPTH: gl.constexpr = 256 // x_bufs.dtype.primitive_bitwidth  # of one instruction
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, DEPTH])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, DEPTH])
-    # in turns, waiting for a factor costs less before the first product than after the last
-    EARLY: gl.constexpr = PINGPONG and factor is not None
+    # in turns, waiting for a factor costs less before the first product than after the last; beside
+    # both an activation and a residual it would not fit the registers
+    EARLY: gl.constexpr = (
+        PINGPONG and factor is not None and (not HAS_RESIDUAL or ACTIVATION == "none")
+    )
     SHARE: gl.constexpr = 1 if PINGPONG else CONSUMERS  # consumers on one tile
     OFFSET: gl.constexpr = 0 if PINGPONG else CONSUMER
     TURNS: gl.constexpr = CONSUMERS if PINGPONG else 1  # tiles from one of its own to the next

@@ -189,12 +189,13 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     shapes |= {"factor": (n,)} if fp8 else {}
     shapes |= {"bias": (n,), "scale": (n,), "residual": (ROWS, n)}
     shapes |= {"y": (ROWS, n)} if fp8 else {"row_scale": (ROWS,), "y": (ROWS, n), "pre": (ROWS, n)}
-    kinds = {"x": E4M3, "weight": E4M3, "factor": torch.float32} if fp8 else {}
+    kinds: dict[str, torch.dtype] = {}
+    kinds |= {"x": E4M3, "weight": E4M3, "factor": torch.float32} if fp8 else {}
     kinds |= {"bias": torch.bfloat16, "scale": torch.bfloat16} if fp8 else {}
     there = {"x", "weight", "factor", "y", *configuration["operands"]}
     metas, tensors = {}, {}
     for name, shape in shapes.items():
-        kind = kinds.get(name, dtype)
+        kind = kinds[name] if name in kinds else dtype
         metas[name] = packed(kind, shape, device) if name in there else None
         tensors[name] = torch.empty(shape, dtype=kind, device=device) if name in there else None
     keep = "pre" in there

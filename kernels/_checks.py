@@ -28,11 +28,8 @@ def check_floats(op: str, **tensors: Any) -> None:
 def check_same_dtype(op: str, x: Any, **others: Any) -> None:
     """Of one dtype, unless autocast is about to cast them."""
     for name, tensor in others.items():
-        if (
-            tensor is not None
-            and tensor.dtype != x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        mixed = tensor is not None and tensor.dtype != x.dtype
+        if mixed and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{op}: {name} is {tensor.dtype} but the input is {x.dtype}")
 
 

@@ -8,6 +8,7 @@ e4m3 and reads its NaN as 480; here PyTorch converts. Tested bit by bit in
 """
 
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -130,13 +131,6 @@ def install_bfloat16() -> None:
         narrow(np.array([value], dtype=np.float32)), tl.bfloat16
     )
     builder.create_dot = _dot(builder.create_dot)
-    for name in (
-        "create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_frem", "create_fneg",
-        "create_fma", "create_minimumf", "create_maximumf", "create_minnumf", "create_maxnumf",
-        "create_fcmpOLT", "create_fcmpOGT", "create_fcmpOLE", "create_fcmpOGE", "create_fcmpOEQ",
-        "create_fcmpONE", "create_fcmpULT", "create_fcmpUGT", "create_fcmpULE", "create_fcmpUGE",
-        "create_fcmpUEQ", "create_fcmpUNE", "create_exp", "create_exp2", "create_log",
-        "create_log2", "create_sqrt", "create_fabs", "create_erf", "create_rsqrt",
-    ):  # fmt: skip
-        if hasattr(builder, name):
-            setattr(builder, name, _through_float32(getattr(builder, name)))
+    floats = "f(add|sub|mul|div|rem|neg|ma|abs|cmp.*)|m(in|ax)(imum|num)f|exp2?|log2?|r?sqrt|erf"
+    for name in filter(re.compile(f"create_({floats})").fullmatch, dir(builder)):
+        setattr(builder, name, _through_float32(getattr(builder, name)))

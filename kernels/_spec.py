@@ -1,5 +1,6 @@
 """An op described once as data: tests, numerics and benchmarks all read this."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,6 @@ from torch import Tensor
 
 # draws one normal tensor of the given shape in the case's dtype, on the case's device
 Draw = Callable[..., Tensor]
-Bounds = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,12 @@ class OpSpec:
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
         def draw(
-            *shape: int, std: float = 1.0, mean: float = 0.0, bounds: Bounds = (None, None),
-            dtype: torch.dtype = dtype,
+            *shape: int, std: float = 1.0, mean: float = 0.0, dtype: torch.dtype = dtype,
+            bounds: tuple[float, float] = (-math.inf, math.inf),
         ) -> Tensor:  # fmt: skip
             if generator is None:
                 return torch.empty(shape, dtype=dtype, device=device)
             values = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
-            values = values * std + mean
-            return (values if bounds == (None, None) else values.clamp(*bounds)).to(dtype)
+            return (values * std + mean).clamp(*bounds).to(dtype)
 
         return case.make(draw)

@@ -25,8 +25,8 @@ from fastvit.kernels._backend import packed
 from fastvit.kernels._launch import Prepared
 from fastvit.kernels._tuning import TileConfig
 from fastvit.kernels.linear import hopper_plan
-from fastvit.kernels.linear.hopper_plan import GROUP_M, Variant, hopper_choice
-from fastvit.kernels.linear.launch import exact_activation, hopper_variant, looked_up, prepare
+from fastvit.kernels.linear.hopper_plan import GROUP_M, Variant, hopper_choice, hopper_variant
+from fastvit.kernels.linear.launch import exact_activation, looked_up, prepare
 from fastvit.kernels.linear.reference import finish_reference
 from fastvit.kernels.linear_fp8.op import fp8_linear
 from fastvit.kernels.linear_fp8.reference import fp8_linear_reference
@@ -683,7 +683,8 @@ def test_nobody_imports_gluon_before_a_hopper_gpu_asks():
         "import sys, torch, fastvit\n"
         "from fastvit.kernels import _device\n"
         "from fastvit.kernels._backend import packed\n"
-        "from fastvit.kernels.linear.launch import hopper_variant, looked_up, prepare\n"
+        "from fastvit.kernels.linear.hopper_plan import hopper_variant\n"
+        "from fastvit.kernels.linear.launch import looked_up, prepare\n"
         "x, w = (packed(torch.bfloat16, s, torch.device('cpu')) for s in ((50432, 768),) * 2)\n"
         "print(hopper_variant(x, w, None, None, torch.bfloat16, looked_up(x, w))[0])\n"
         "with _device.emulate('sm100'):\n"

@@ -37,13 +37,7 @@ from fastvit.kernels._launch import (
 )
 from fastvit.kernels._launch import run as run_kernel
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
-from fastvit.kernels.linear.hopper_plan import (
-    NAMES,
-    Variant,
-    hopper_variant,
-    prepare_hopper,
-    wants_hopper,
-)
+from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear.reference import finish_reference, linear_reference
 
 GROUP_M = 8
@@ -102,9 +96,9 @@ def prepare(
         return prepare_product(x, weight, tile, operands, epilogue, activation, precision)
 
     choice = looked_up(x, weight)
-    variant = hopper_variant(x, weight, residual, row_scale, dtype, choice, keep=keep)
-    if isinstance(variant, Variant):
-        launch = prepare_hopper(variant, x, weight, residual, activation, keep=keep)
+    variant = hopper_plan.hopper_variant(x, weight, residual, row_scale, dtype, choice, keep=keep)
+    if isinstance(variant, hopper_plan.Variant):
+        launch = hopper_plan.prepare_hopper(variant, x, weight, residual, activation, keep=keep)
         spare = portable_tile(choice, x, weight, LARGE_TILE)
         launch.spare = lambda error: refuse(error) or portable(spare)
         return y._replace(launch=launch)
@@ -160,9 +154,9 @@ def portable_tile(
     tile: TileConfig, x: Meta, weight: Meta, fallback: TileConfig | None = None
 ) -> TileConfig:
     """As `tile_for`, of the table's `tile`."""
-    if tile.backend in NAMES:
+    if tile.backend in hopper_plan.NAMES:
         tile = LARGE_TILE
-    if wants_hopper(tile):
+    if hopper_plan.wants_hopper(tile):
         tile = replace(tile, backend=tile.backend.removeprefix("hopper").lstrip())
     if tile.backend == "cublas" and fallback is not None:
         tile = fallback

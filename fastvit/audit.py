@@ -161,9 +161,11 @@ class Audited:
     problems: list[str]
 
 
-def audit_op(spec: OpSpec, arch: str) -> Iterator[Audited]:
-    """Compile every distinct launch of an op's cases for `arch`."""
+def audit_op(spec: OpSpec, arch: str, *, real: bool = False) -> Iterator[Audited]:
+    """Compile every distinct launch of an op's cases for `arch`, or those of real models only."""
     for case, dtype, launch in distinct_launches(spec, arch):
+        if real and case not in spec.bench_cases:
+            continue
         compiled = compile_launch(launch)
         half = dtype in (torch.bfloat16, torch.float16)
         problems = compiled.problems(tensor_cores=half and launch.multiplies)

@@ -181,7 +181,7 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     )
     from fastvit.kernels.linear.launch import exact_activation
 
-    dtype = getattr(torch, configuration["dtype"])
+    dtype: torch.dtype = getattr(torch, configuration["dtype"])
     n, k = configuration["N"], configuration["K"]
     device, fp8 = torch.device("meta"), configuration["op"] == "linear_fp8"
     # in the order of the launch's tensors
@@ -195,7 +195,7 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     there = {"x", "weight", "factor", "y", *configuration["operands"]}
     metas, tensors = {}, {}
     for name, shape in shapes.items():
-        kind = kinds[name] if name in kinds else dtype
+        kind = kinds.get(name, dtype)
         metas[name] = packed(kind, shape, device) if name in there else None
         tensors[name] = torch.empty(shape, dtype=kind, device=device) if name in there else None
     keep = "pre" in there

@@ -22,11 +22,12 @@ from fastvit.audit import (
 AUDIT = """
 import json, sys
 from fastvit import audit
-spec = audit.specs_with_kernels()[sys.argv[1]]
+op, arch, sizes = sys.argv[1:]
+spec = audit.specs_with_kernels()[op]
 real = [case.name for case in spec.bench_cases]
 rows = [[row.case, row.dtype, row.problems,
          row.compiled.narrow_loads if row.case in real else None]
-        for row in audit.audit_op(spec, sys.argv[2])]
+        for row in audit.audit_op(spec, arch, real=sizes == "real")]
 print(json.dumps(rows))
 """
 
@@ -40,13 +41,17 @@ def in_fresh_process(code: str, *args: str, **extra: str) -> str:
     return done.stdout
 
 
-SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm100", "gfx942")]
+SLOW = [
+    pytest.param(arch, "all", marks=pytest.mark.slow)
+    for arch in ("sm80", "sm90", "sm100", "gfx942")
+]
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90", *SLOW])
+# the sizes of real models; `make test-slow` compiles all
+@pytest.mark.parametrize(("arch", "sizes"), [("sm80", "real"), ("sm90", "real"), *SLOW])
 @pytest.mark.parametrize("name", specs_with_kernels())
-def test_every_kernel_compiles_well(name, arch):
-    rows = json.loads(in_fresh_process(AUDIT, name, arch))
+def test_every_kernel_compiles_well(name, arch, sizes):
+    rows = json.loads(in_fresh_process(AUDIT, name, arch, sizes))
     assert bool(rows) != (specs_with_kernels()[name].fp8 and arch in ("sm80", "gfx942"))
     assert not [row for row in rows if row[2]]
     # at the sizes of real models no tile is loaded by less than 4 bytes (patch 14's), most by 16; a

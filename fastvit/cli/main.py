@@ -12,6 +12,7 @@ from fastvit.cli.demo import demo
 from fastvit.cli.doctor import doctor
 from fastvit.cli.embed import embed
 from fastvit.cli.eval import evaluate
+from fastvit.cli.explain import explain
 from fastvit.cli.export import export
 from fastvit.cli.finetune import finetune
 from fastvit.cli.list import list_models
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(explain)
 app.command()(attention_map)
 app.command()(export)
 app.command()(train)

@@ -16,7 +16,7 @@ from fastvit.accelerate import accelerate
 from fastvit.checkpoint import load_checkpoint, read_checkpoint
 from fastvit.models import create_model
 from fastvit.train.recipe import read_config
-from fastvit.variants import list_models
+from fastvit.variants import list_models, unknown_model
 from fastvit.vit import VisionTransformer
 
 PRESETS: dict[str, dict[str, Any]] = {  # small models for the sets that packages ship
@@ -70,8 +70,9 @@ def build_model(config: ModelConfig, *, accelerated: bool = True) -> Any:
 
 def _timm_model(name: str, options: dict[str, Any]) -> Any:
     timm = import_timm()
-    if name.partition(".")[0] not in timm.list_models():
-        create_model(name)  # raises with the nearest names
+    names = timm.list_models()
+    if name.partition(".")[0] not in names:
+        raise unknown_model(name, [*names, *PRESETS, DEMO])
     try:
         return timm.create_model(name, **options)
     except (AssertionError, RuntimeError) as error:

@@ -18,6 +18,7 @@ from fastvit.cli.finetune import finetune
 from fastvit.cli.list import list_models
 from fastvit.cli.numerics import numerics
 from fastvit.cli.paper import paper
+from fastvit.cli.predict import predict
 from fastvit.cli.pretrain import pretrain
 from fastvit.cli.report import report
 from fastvit.cli.train import train
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(explain)
+app.command()(predict)
 app.command()(attention_map)
 app.command()(export)
 app.command()(train)

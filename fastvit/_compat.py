@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -49,6 +49,24 @@ def import_timm() -> ModuleType:
         ImportError: timm is not installed.
     """
     return _import("timm", before=_define_torchvision_schemas)
+
+
+@contextlib.contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Where Hugging Face's hub cannot be reached, its client looks into its cache at once, instead
+    of trying for a minute."""
+    constants = _import("huggingface_hub").constants
+    before = constants.HF_HUB_OFFLINE
+    try:
+        importlib.import_module("huggingface_hub.utils").get_session().head(
+            constants.ENDPOINT, timeout=5
+        )
+    except Exception:  # each of its versions has another HTTP library
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def import_torchvision() -> ModuleType:

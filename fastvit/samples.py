@@ -159,6 +159,15 @@ def photo(name: str = "chelsea") -> Image:
     return load_image(path)
 
 
+def find_image(name: str) -> Image:
+    """One of `PHOTOS`, or else an image file.
+
+    Raises:
+        ValueError, ImportError: as in `photo` and `load_image`.
+    """
+    return photo(name) if name in PHOTOS else load_image(name)
+
+
 def load_image(path: str | os.PathLike[str]) -> Image:
     """An image file in RGB, turned upright by its EXIF orientation.
 

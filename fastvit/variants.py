@@ -284,6 +284,12 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_TABLE, pattern))
 
 
+def unknown_model(name: str, known: Iterable[str]) -> ValueError:
+    """An error that names the three of `known` nearest to `name`."""
+    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0)
+    return ValueError(f"unknown model {name!r}; nearest: {', '.join(nearest)}")
+
+
 def find_variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a name stands for.
 
@@ -298,8 +304,7 @@ def find_variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: an unknown name, with the three nearest.
     """
     if name not in _TABLE:
-        nearest = difflib.get_close_matches(name, _TABLE, n=3, cutoff=0)
-        raise ValueError(f"unknown model {name!r}; nearest: {', '.join(nearest)}")
+        raise unknown_model(name, _TABLE)
     stem, style, pixels, classes = _TABLE[name]
     family, size, patch = stem.split("_")
     shape = dict(zip(("embed_dim", "depth", "num_heads", "mlp_ratio"), SIZES[size], strict=True))

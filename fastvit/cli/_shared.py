@@ -6,6 +6,8 @@ import enum
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -36,14 +38,16 @@ def console() -> Console:
 
 
 def progress_bar() -> Progress:
-    """On standard error, gone when done."""
+    """On standard error, gone when done; nothing where that is no terminal."""
+    error = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=error,
         transient=True,
+        disable=not error.is_terminal,
     )
 
 
@@ -59,6 +63,17 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def errors(command: str) -> Iterator[None]:
+    """What bad input raises becomes one message, as `fail` prints it."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # RuntimeErrors of click's
+        raise
+    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        fail(command, str(error))
 
 
 def fail(command: str, message: str) -> NoReturn:

@@ -136,14 +136,14 @@ def make_recipe(options: dict[str, Any], defaults: dict[str, Any], device: str) 
 def make_data(
     name: str, options: dict[str, Any], defaults: dict[str, Any], model: Any
 ) -> DataConfig:
-    """The data as `model` takes it; `defaults` may have ``mean`` and ``std``, else the model."""
+    """The data as `model` takes it; `defaults` may have some of `PIXELS`, else the model."""
     from fastvit.train import DataConfig
-    from fastvit.train.models import image_channels, image_size, normalisation
+    from fastvit.train.models import PIXELS, image_channels, image_size, normalisation
 
     height, width = image_size(model)
     if height != width:
         raise ValueError(f"the model takes {height}x{width} images; squares are needed")
-    stats = {k: defaults[k] for k in ("mean", "std", "crop_pct") if k in defaults}
+    stats = {k: defaults[k] for k in PIXELS if k in defaults}
     stats = normalisation(model) | stats
     chose = chosen(options, defaults, DATA)
     return DataConfig(name, height, image_channels(model), **stats, **chose)

@@ -99,8 +99,7 @@ def attention_map(
 def _images(image: str, source: Source) -> tuple[Image, Tensor]:
     """The photograph as the model sees it, and normalised."""
     size = source.model.patch_embed.img_size
-    picture = samples.photo(image) if image in samples.PHOTOS else samples.load_image(image)
-    picture = samples.square(picture, size)
+    picture = samples.square(samples.find_image(image), size)
     cfg = source.pixels()
     mean, std = cfg.get("mean", samples.MEAN), cfg.get("std", samples.STD)
     return picture, samples.preprocess(picture, size, mean, std)

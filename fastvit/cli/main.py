@@ -12,11 +12,13 @@ from fastvit.cli.demo import demo
 from fastvit.cli.doctor import doctor
 from fastvit.cli.embed import embed
 from fastvit.cli.eval import evaluate
+from fastvit.cli.explain import explain
 from fastvit.cli.export import export
 from fastvit.cli.finetune import finetune
 from fastvit.cli.list import list_models
 from fastvit.cli.numerics import numerics
 from fastvit.cli.paper import paper
+from fastvit.cli.predict import predict
 from fastvit.cli.pretrain import pretrain
 from fastvit.cli.report import report
 from fastvit.cli.train import train
@@ -30,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(explain)
+app.command()(predict)
 app.command()(attention_map)
 app.command()(export)
 app.command()(train)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 import random
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from fastvit.cli._fp8 import POLICY, fp8_entry, print_fp8
 from fastvit.cli._shared import Dtype, console, print_json, progress_bar
+from fastvit.variants import unknown_model
 
 if TYPE_CHECKING:
     from fastvit.numerics import Report
@@ -205,8 +205,7 @@ def check_timm_model(name: str) -> None:
         raise typer.BadParameter(f"{name}: {error}") from error
     if not timm.is_model(name.partition(".")[0]):  # a tag may follow
         known = [m for module in TIMM_MODULES for m in timm.list_models(module=module)]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-        raise typer.BadParameter(f"timm has no model {name!r}; the nearest are {', '.join(near)}")
+        raise typer.BadParameter(str(unknown_model(name, known)))
 
 
 def certify(jobs: list[Job], settings: Settings) -> list[dict[str, Any]]:

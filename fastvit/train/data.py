@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from fastvit._compat import import_torchvision
 from fastvit.train.recipe import Recipe, stable_seed
 from fastvit.train.sources import Relabelled, read_all, read_split
+from fastvit.variants import check_choice
 
-AUGMENTS = ("none", "affine", "crop")
+CHOICES = {
+    "augment": ("none", "affine", "crop"),
+    "interpolation": ("bicubic", "bilinear"),
+    "crop_mode": ("center", "squash"),
+}
 NO_LABEL = -1  # of rows that do not count: padding, and images that cannot be read
 
 
@@ -37,6 +43,8 @@ class DataConfig:
         in_chans: C; 1 for grey, 3 for RGB.
         mean, std: of the normalisation, for pixels in [0, 1]; one number or one a channel.
         crop_pct: share of the side that is left where images are not cropped at random.
+        interpolation: ``bicubic`` or ``bilinear``, there.
+        crop_mode: ``center`` keeps the aspect ratio there, ``squash`` does not.
         augment: ``none``; ``affine``, up to 10 degrees, 6 % of the side and 10 % of the size, for
             small centred pictures; ``crop``, RandomResizedCrop as timm has it.
         crop_scale: smallest share of the area that ``crop`` takes.
@@ -54,6 +62,8 @@ class DataConfig:
     mean: float | Sequence[float] = 0.5
     std: float | Sequence[float] = 0.5
     crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
     augment: str = "none"
     crop_scale: float = 0.08
     hflip: float = 0.0
@@ -61,8 +71,8 @@ class DataConfig:
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.augment not in AUGMENTS:
-            raise ValueError(f"augment={self.augment!r} is not one of {', '.join(AUGMENTS)}")
+        for field, choices in CHOICES.items():
+            check_choice(field, getattr(self, field), choices)
         for field, wanted, holds in (
             ("img_size", "at least 1", self.img_size >= 1),
             ("in_chans", "1 or 3", self.in_chans in (1, 3)),
@@ -258,8 +268,10 @@ def transform(config: DataConfig, *, train: bool) -> Callable[[Any], Tensor]:
         scale = (config.crop_scale, 1.0)
         steps.append(v2.RandomResizedCrop(size, scale=scale, interpolation=bicubic, antialias=True))
     else:
-        larger = round(size / config.crop_pct)
-        steps += [v2.Resize(larger, interpolation=bicubic, antialias=True), v2.CenterCrop(size)]
+        larger = math.floor(size / config.crop_pct)  # as timm has it
+        sides = [larger] * (2 if config.crop_mode == "squash" else 1)
+        chosen = InterpolationMode(config.interpolation)
+        steps += [v2.Resize(sides, interpolation=chosen, antialias=True), v2.CenterCrop(size)]
     if train and config.augment == "affine":
         steps.append(v2.RandomAffine([-10, 10], (0.06, 0.06), (0.9, 1.1), interpolation=bilinear))
     if train and config.hflip:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from fastvit import samples
-from fastvit._compat import import_timm
+from fastvit._compat import hub_or_cache, import_timm
 from fastvit.accelerate import accelerate
 from fastvit.checkpoint import load_checkpoint, read_checkpoint
 from fastvit.models import create_model
 from fastvit.train.recipe import read_config
-from fastvit.variants import list_models
+from fastvit.variants import list_models, unknown_model
 from fastvit.vit import VisionTransformer
 
 PRESETS: dict[str, dict[str, Any]] = {  # small models for the sets that packages ship
@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # small models for the sets that package
         "embed_dim": 96, "depth": 3, "num_heads": 3,
     },
 }  # fmt: skip
+PIXELS = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # fields of `DataConfig`
 DEMO = "demo"  # the trained DINOv2-S that needs no download
 
 
@@ -70,8 +71,9 @@ def build_model(config: ModelConfig, *, accelerated: bool = True) -> Any:
 
 def _timm_model(name: str, options: dict[str, Any]) -> Any:
     timm = import_timm()
-    if name.partition(".")[0] not in timm.list_models():
-        create_model(name)  # raises with the nearest names
+    names = timm.list_models()
+    if name.partition(".")[0] not in names:
+        raise unknown_model(name, [*names, *PRESETS, DEMO])
     try:
         return timm.create_model(name, **options)
     except (AssertionError, RuntimeError) as error:
@@ -137,9 +139,10 @@ class Source:
     run: Run | None = None
 
     def pixels(self) -> dict[str, Any]:
-        """``mean``, ``std`` and ``crop_pct`` of the images that it was trained on."""
+        """`PIXELS` of the images that it was trained on."""
         if self.run is not None and "data" in self.run.config:
-            return {key: self.run.config["data"][key] for key in ("mean", "std", "crop_pct")}
+            data = self.run.config["data"]
+            return {key: data[key] for key in PIXELS if key in data}
         return normalisation(self.model)
 
     def resized(self, img_size: int) -> Source:
@@ -197,11 +200,25 @@ def load_source(
         return Source(model, config)
     if checkpoint is None:
         pretrained = ModelConfig(name, {**extra, "pretrained": True})
-        return Source(build_model(pretrained, accelerated=accelerated), ModelConfig(name, extra))
+        return Source(_fetch(pretrained, accelerated), ModelConfig(name, extra))
     config = ModelConfig(name, extra)
     source = Source(build_model(config, accelerated=accelerated), config)
     _load(source.model, checkpoint)
     return source
+
+
+def _fetch(config: ModelConfig, accelerated: bool) -> Any:
+    """A model with weights from the hub or from what was fetched before."""
+    import_timm()
+    try:
+        with hub_or_cache():
+            return build_model(config, accelerated=accelerated)
+    except (OSError, RuntimeError) as error:
+        why = str(error).partition(". ")[0].partition("\n")[0]
+        raise OSError(
+            f"the weights of {config.name} are not on this machine and cannot be fetched; give a "
+            f"checkpoint's file instead ({why})"
+        ) from error
 
 
 def _load(model: nn.Module, path: Path) -> None:
@@ -257,9 +274,9 @@ def image_channels(model: Any) -> int:
 
 
 def normalisation(model: Any) -> dict[str, Any]:
-    """``mean``, ``std`` and ``crop_pct`` that a model was trained with, as far as it says."""
+    """`PIXELS` that a model was trained with, as far as it says."""
     cfg = getattr(model, "default_cfg", None) or {}
-    return {key: cfg[key] for key in ("mean", "std", "crop_pct") if cfg.get(key) is not None}
+    return {key: cfg[key] for key in PIXELS if cfg.get(key) is not None}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -22,13 +22,15 @@ them, by default of every entry's and then with verdicts, for sm_90. Needs a pro
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +38,7 @@ from unittest import mock
 import torch
 
 from fastvit import audit
+from fastvit.audit import fingerprint
 from fastvit.kernels import _device
 from fastvit.kernels._backend import packed
 from fastvit.kernels._launch import Prepared
@@ -55,6 +58,11 @@ def entries(op: str, arch: str = "sm90") -> list[dict[str, Any]]:
     """Of one op's ledger."""
     path = ledger_path(op, arch)
     return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
+def all_entries() -> list[dict[str, Any]]:
+    """Of every op's."""
+    return [entry for op in _BUILDERS for entry in entries(op)]
 
 
 def label(configuration: Configuration) -> str:
@@ -99,12 +107,42 @@ def verdict(entry: Mapping[str, Any], triton: str, fingerprint: str) -> str:
     return "changed" if entry.get("changed") else "broken"
 
 
-def fingerprint(sass: str) -> str:
-    """Of the instructions in ``cuobjdump -sass``."""
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?;)", sass, re.MULTILINE)
-    if not lines:
-        raise ValueError("no instruction in the listing")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def verdict_of(fingerprint: str, triton: str) -> str:
+    """Of machine code that some kernel has: the verdict of an entry that it proves, else
+    ``never proven``."""
+    for entry in all_entries():
+        if entry["fingerprints"].get(triton) == fingerprint:
+            return verdict(entry, triton, fingerprint)
+    return "never proven"
+
+
+def state(*, compiling: bool = False) -> str:
+    """The verdicts of all entries in a line.
+
+    Args:
+        compiling: entries that this machine has not compiled, by an audit or so, are now.
+    """
+    held = all_entries()
+    proof = held[0]["proof"]
+    line = f"{len(held)} configurations of Hopper's kernels were proven on {proof['card']}"
+    line += f", triton {proof['triton']}; "
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return line + "TRITON_INTERPRET=1 compiles none"
+    try:
+        import triton
+    except ImportError:
+        return line + "triton is not installed"
+    counts = Counter()
+    for entry in held:
+        with _offline():
+            launch = audit.as_launch(*build(entry["configuration"]), "sm90")
+            found = (audit.compile_launch if compiling else audit.compiled_before)(launch)
+        known = found is not None and found.fingerprint
+        word = verdict(entry, triton.__version__, known) if known else "not compared"
+        counts[word] += 1
+    verdicts = ", ".join(f"{count} {word}" for word, count in counts.items())
+    hint = "; `fastvit audit --arch sm90` compares them" if counts["not compared"] else ""
+    return f"{line}as triton {triton.__version__} compiles them now: {verdicts}{hint}"
 
 
 # --------------------------------------------------------------------------- offline compile
@@ -116,14 +154,21 @@ def compile_offline(prepared: Prepared, arguments: Sequence[Any]) -> Any:
     Args:
         arguments: as `launches.recorded` gives them with `prepared`.
     """
-    from triton.runtime import driver
-
     tile = prepared.tile
-    with mock.patch.object(driver, "_active", None):  # a GPU's own driver comes back
+    with _offline():
         audit.use_target("sm90")
         return prepared.kernel.warmup(
             *arguments, grid=(1,), num_warps=tile.num_warps, num_stages=tile.num_stages
         )
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """A GPU's own driver comes back."""
+    from triton.runtime import driver
+
+    with mock.patch.object(driver, "_active", None):
+        yield
 
 
 def read(compiled: Any) -> dict[str, Any]:
@@ -255,7 +300,7 @@ def main(arguments: Sequence[str]) -> None:
     """As the module's docstring says."""
     import triton
 
-    held = [] if arguments else [entry for op in _BUILDERS for entry in entries(op)]
+    held = [] if arguments else all_entries()
     configurations = json.loads(arguments[0]) if arguments else [e["configuration"] for e in held]
     facts = [read(compile_offline(*build(c))) for c in configurations]
     verdicts = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastvit import ledger
 from fastvit.ledger import entries, fingerprint, label, ledger_path, record, verdict
 
 LINEAR, FP8, ATTENTION = entries("linear"), entries("linear_fp8"), entries("attention")
@@ -92,6 +93,38 @@ def test_verdicts():
     assert verdict(entry, "3.6.0", "b") == "broken"
     assert verdict({**entry, "changed": "a mask less"}, "3.7.1", "c") == "changed"
     assert verdict(entry, "3.8.0", "a") == "unknown"
+
+
+STATE = """
+from types import SimpleNamespace
+from fastvit import audit, ledger
+first, *rest = ledger.all_entries()
+ledger.all_entries = lambda: [first]
+print(ledger.state())
+print(ledger.state(compiling=True))
+print(ledger.state())
+audit.compiled_before = lambda launch: SimpleNamespace(fingerprint="another")
+print(ledger.state())
+print(ledger.verdict_of("another", "3.7.1"))
+"""
+
+
+def test_the_state_in_a_line(tmp_path):
+    """What `doctor` and `audit` print: nothing is compiled but where that is asked for."""
+    if compiled()["triton"] not in ENTRIES[0]["fingerprints"]:
+        pytest.skip("no fingerprint for this triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["FASTVIT_CACHE"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", STATE], env=env, capture_output=True, text=True, check=True
+    )
+    before, now, after, other, unheard = done.stdout.splitlines()
+    assert "1 not compared" in before
+    assert now.endswith(("1 proven", "1 same source"))
+    assert after == now
+    assert other.endswith("1 broken")
+    assert unheard == "never proven"
+    assert "TRITON_INTERPRET=1" in ledger.state()
 
 
 def test_a_run_on_a_gpu_adds_its_proofs(tmp_path):

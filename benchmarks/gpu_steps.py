@@ -90,7 +90,11 @@ def numerics_items(settings: Settings, *, names: tuple[str, ...]) -> dict[str, I
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for spec in specs
         if dtype in spec.dtypes
-        for case in ((smallest(spec.cases, spec),) if settings.dry_run else spec.cases)
+        for case in (
+            (smallest(spec.cases, spec),)
+            if settings.dry_run
+            else spec.certified(dtype, settings.device)
+        )
     }
 
 

@@ -23,7 +23,7 @@ from fastvit.kernels import _device, _hopper
 from fastvit.kernels._backend import describe
 from fastvit.launches import Unwritten, recorded
 
-PYTORCH = "PyTorch's own: a head, or a layer that accelerate leaves"
+PYTORCH = "PyTorch's own: a head, a bias made by an MLP, or a layer that accelerate leaves"
 _PRODUCTS = {"addmm": "linear", "mm": "linear", "bmm": "attention", "baddbmm": "attention"}
 
 

@@ -37,12 +37,16 @@ from unittest import mock
 
 import torch
 
-from fastvit import audit
+from fastvit import audit, numerics
 from fastvit.audit import fingerprint
+from fastvit.environment import environment
 from fastvit.kernels import _device
 from fastvit.kernels._backend import packed
 from fastvit.kernels._launch import Prepared
+from fastvit.kernels._spec import Case, OpSpec
 from fastvit.kernels._tuning import TileConfig
+from fastvit.kernels.attention.hopper_plan import LONG
+from fastvit.launches import recorded
 
 ROWS = 1024  # of the matrices that stand for any number of them: no kernel is specialised on it
 
@@ -74,14 +78,14 @@ def label(configuration: Configuration) -> str:
 
 
 def record(path: Path, proven: Sequence[Mapping[str, Any]]) -> None:
-    """Put entries into a ledger, each in the place of the one of the same configuration. A proof of
-    the machine code that is recorded already keeps the other tritons' fingerprints; one of other
-    machine code drops them, and ``changed``.
+    """Put entries into a ledger, perhaps a new one, each in the place of the one of the same
+    configuration. A proof of the machine code that is recorded already keeps the other tritons'
+    fingerprints; one of other machine code drops them, and ``changed``.
 
     Args:
         proven: each with ``configuration``, ``fingerprints`` and ``proof``.
     """
-    held = json.loads(path.read_text())
+    held = json.loads(path.read_text()) if path.exists() else {"entries": []}
     for new in proven:
         old = next((e for e in held["entries"] if e["configuration"] == new["configuration"]), None)
         entry = {**new, "changed": None}
@@ -294,6 +298,82 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
 
 
 _BUILDERS = {"linear": _linear, "linear_fp8": _linear, "attention": _attention}
+
+
+# --------------------------------------------------------------------------- proofs
+
+
+def configuration_of(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Any] | None:
+    """Of the kernel that `case` of ``linear`` or an attention launches; None if it is none of
+    Hopper's, or has a mask, whose strides and dtype no configuration holds."""
+    launch = _recorded(spec, case, dtype, device)
+    tile = None if launch is None else launch[0].tile
+    inputs, sizes = spec.inputs(case, dtype, device, seed=None), case.sizes
+    if tile is None or not tile.backend or inputs.get("attn_mask") is not None:
+        return None
+    common = {"op": spec.name, "variant": tile.backend, "dtype": str(dtype).removeprefix("torch.")}
+    if spec.name == "linear":
+        operands = [n for n in ("bias", "scale", "residual") if inputs.get(n) is not None]
+        return common | {
+            "tile": [tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K], "operands": operands,
+            "activation": inputs["activation"] or "none", "N": sizes["N"], "K": sizes["K"],
+        }  # fmt: skip
+    more = {"M": sizes["M"]} if sizes["M"] != sizes["N"] else {}
+    if tile.backend in LONG and tile.BLOCK_N != 128:
+        more["block"] = tile.BLOCK_N
+    return common | {
+        "op": "attention", "operands": ["separate"] * ("q" in inputs),
+        **{name: sizes[name] for name in "BHNd"}, **more,
+    }  # fmt: skip
+
+
+def _recorded(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str
+) -> tuple[Prepared, tuple[Any, ...]] | None:
+    with torch.no_grad(), recorded() as found:
+        spec.op(**spec.inputs(case, dtype, device, seed=None))
+    return found[0] if len(found) == 1 else None
+
+
+def prove(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cuda", seed: int = 0
+) -> dict[str, Any] | None:
+    """An entry for the ledger, from this machine's GPU; None as `configuration_of`.
+
+    Raises:
+        ValueError: the configuration does not give the machine code that ran.
+    """
+    configuration = configuration_of(spec, case, dtype, device)
+    launch = _recorded(spec, case, dtype, device)
+    if configuration is None or launch is None:
+        return None
+    with _offline():
+        ran, rebuilt = (audit.as_launch(*x, "sm90").key() for x in (launch, build(configuration)))
+    if ran != rebuilt:
+        raise ValueError(f"{label(configuration)} is not all there is to know of it")
+    ((output,), inputs) = (
+        numerics.compare_case(spec, case, dtype, device=device, seed=seed).rows,
+        spec.inputs(case, dtype, device, seed),
+    )
+    with torch.no_grad():
+        same = torch.equal(spec.op(**inputs), spec.op(**inputs))
+    facts = environment()
+    check = {
+        **case.sizes, "inputs": "random", "truth": "float64", "seed": seed,
+        **{name: value for name, value in vars(output).items() if name.endswith("error")},
+        "same_bits": same, "passed": output.passed and same,
+    }  # fmt: skip
+    return {
+        "configuration": configuration,
+        "fingerprints": {facts["triton"]: read(compile_offline(*launch))["fingerprint"]},
+        "proof": {
+            "card": facts["gpu"], "date": facts["date"][:10], "torch": facts["torch"],
+            "triton": facts["triton"], "commit": facts["git_commit"], "numerics": [check],
+            "source": "the product's kernel, by benchmarks/gpu.py; not timed there", "times": [],
+        },
+    }  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,30 +1,28 @@
 """Everything that needs a GPU, in one command, within a time budget, the most valuable first.
 
-    PYTHONPATH=. python3 benchmarks/gpu.py --minutes 9
+    PYTHONPATH=. python3 benchmarks/gpu.py --minutes 5
 
 The order, and why:
 
 1. ``environment``: hardware, versions, clocks, and the roof that every share of it refers to.
-2. ``numerics_*`` and ``parity``, at the same time: they time nothing, and spend most of their time
-   in Triton's compiler. No speed of a wrong kernel means anything, so this comes before any.
-3. ``tune``: tiles change every number below, so a table measured before it would be out of date.
-   It is held to two minutes, so that one run reaches the models too. Its tiles are kept in --out,
-   where only this script finds them; steps below check the numerics of what they time by
-   themselves, and so check the tuned tiles.
-4. ``models``: ViT-B/16 at batch 256 and at batch 1, the two figures the project is judged by; at
+2. Correctness, since no speed of a wrong kernel means anything: the certificate of every op, whole
+   models beside timm's, and proofs of Hopper's kernels for the ledger. These time nothing and spend
+   most of their time in Triton's compiler, so they share the GPU, a process each.
+3. ``models``: ViT-B/16 at batch 256 and at batch 1, the two figures the project is judged by; at
    first beside the peers that are ready in seconds, then beside max-autotune too, which may take
-   more time than is left.
-5. ``ops``: where the models' time goes, op by op, at ViT-B's shapes.
-6. ``first_call``: what a newcomer waits for, with empty compiler caches.
-7. ``training``: one step.
-8. ``models_more``: transformers and torchvision, other sizes and batches.
+   more time than is left. ``ops``: where the models' time goes, op by op, at ViT-B's shapes.
+4. ``tune``: other tiles than the tables', for two minutes; what wins is in the record.
+5. ``first_call``, ``training``, ``models_more``: what a newcomer waits for, with empty compiler
+   caches; one step; transformers and torchvision, other sizes and batches.
 
-Each step is a process of its own, killed when it takes too long, and each consists of items. Its
-JSON under ``--out`` is written after every item. Running the command again goes on where it
-stopped: a finished step is not run again (delete its JSON to do so), an unfinished one keeps the
-items that it has and tries those that failed once more.
+Each step is a process of its own, killed when it takes too long, and consists of items. This
+process alone writes: after every item the record that the step belongs to, `RECORDS` files under
+``--out``, beside them ``gpu.log`` and the ledger's proofs, ``proven_<op>.json`` in the form of
+`kernels/<op>/proven/`: eight files. Running the command again goes on where it stopped: items that
+have a result are not run again (delete the record to do so), those that failed are tried once more.
 
-Needs torch, triton and timm; transformers and torchvision are timed where they are installed.
+Needs torch, triton and timm; transformers and torchvision are timed where they are installed. An
+archive without .git is told its commit by ``--commit``.
 """
 
 from __future__ import annotations
@@ -42,6 +40,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +61,7 @@ from gpu_steps import (
     numerics_items,
     op_items,
     parity_items,
+    proof_items,
     shrink,
     tune_items,
 )
@@ -69,6 +69,7 @@ from gpu_steps import (
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICE_LOST = 3  # exit status of a step whose GPU context is beyond use
 MARGIN = 8.0  # seconds kept for the last table
+NEWS = "@gpu.py "  # before what a step tells this process on its standard output
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Step:
 
     name: str
     items: Callable[[Settings], dict[str, Item]]
-    limit: float  # seconds for all of it
+    record: str  # the file that its results go to
+    limit: float = 180.0  # seconds for all of it
     stall: float = 90.0  # seconds for one item
     together: bool = False  # runs at the same time as its neighbours
     fresh: bool = False  # with empty compiler caches
@@ -102,86 +104,100 @@ MORE = (
 )
 
 
-def _numerics(name: str, *ops: str) -> Step:
-    items = functools.partial(numerics_items, names=ops)
-    return Step(f"numerics_{name}", items, limit=180, together=True, strict=True)
+def _correct(name: str, items: Callable[[Settings], dict[str, Item]]) -> Step:
+    return Step(name, items, "numerics", together=True, strict=True)
+
+
+def _numerics(*ops: str) -> Step:
+    return _correct(f"numerics_{ops[0]}", functools.partial(numerics_items, names=ops))
 
 
 def _models(name: str, *runs: tuple[str, str, int, str]) -> Step:
     # max-autotune of one model alone takes minutes
-    return Step(name, functools.partial(model_items, runs=runs), limit=1500, stall=400)
+    items = functools.partial(model_items, runs=runs)
+    return Step(name, items, "models", limit=1500, stall=400)
 
 
 STEPS = (
-    Step("environment", environment_items, limit=60),
-    _numerics("linear", "linear", "mlp", "norm_linear", "norm_mlp"),
-    _numerics("attention", "attention", "attention_qkv", "attention_packed"),
-    _numerics("other", "patch_embed", "layer_norm", "rms_norm"),
-    _numerics("fp8", "fp8_linear", "fp8_layer_norm", "fp8_quantize"),
-    Step("parity", parity_items, limit=180, together=True, strict=True),
-    Step("tune", tune_items, limit=200, stall=120),
+    Step("environment", environment_items, "environment", limit=60),
+    _numerics("attention_qkv"),
+    _numerics("attention"),
+    _numerics("linear"),
+    _correct("parity", parity_items),
+    _numerics("mlp", "norm_mlp"),
+    _numerics("norm_linear", "attention_packed"),
+    _numerics("patch_embed", "layer_norm", "rms_norm"),
+    _numerics("fp8_linear", "fp8_layer_norm", "fp8_quantize"),
+    _correct("proofs", proof_items),
     _models("models", *(("model", B16, b, peers) for peers in ("few", "timm") for b in (256, 1))),
-    Step("ops", op_items, limit=420),
-    Step("first_call", first_call_items, limit=120, fresh=True),
+    Step("ops", op_items, "ops", limit=420),
+    Step("tune", tune_items, "tune", limit=200, stall=120),
+    Step("first_call", first_call_items, "models", limit=120, fresh=True),
     _models("training", ("train", B16, 256, "few")),
     _models("models_more", *MORE),
 )
 
 
-def run_step(step: Step, settings: Settings) -> int:
-    """Inside the step's process: every item that is not done yet, each recorded at once."""
+def run_step(step: Step, settings: Settings, done: set[str]) -> int:
+    """Inside the step's process: every item that is not `done`, each told at once."""
     import torch
 
     from fastvit.environment import environment
 
     if settings.dry_run:
         shrink()
-    path = settings.out / f"{step.name}.json"
-    record = load(path)
-    if not record:
-        record = {
-            "step": step.name,
-            "dry_run": settings.dry_run,
-            "environment": environment(),
-            "device": settings.device,
-            "dtype": "float32" if settings.dry_run else "bfloat16",
-            "seed": settings.seed,
-            "quick": False,
-            "notes": [],
-            "results": [],
-            "failed": {},
-        }
-        if step.name != "environment":
-            record["roof"] = measured_roof(settings)
-    done = {result["item"] for result in record["results"]} | set(record["failed"])
+
+    def tell(**news: Any) -> None:
+        print(f"\n{NEWS}{json.dumps(news)}", flush=True)
+
+    header = {
+        "dry_run": settings.dry_run,
+        "environment": environment(),
+        "device": settings.device,
+        "dtype": "float32" if settings.dry_run else "bfloat16",
+        "seed": settings.seed,
+        "quick": False,
+        "notes": [],
+    }
+    if step.name != "environment":
+        header["roof"] = measured_roof(settings)
+    tell(header=header)
     for name, item in step.items(settings).items():
         if name in done:
             continue
-        save(path, record | {"running": name})
-        print(name, flush=True)
+        tell(running=name)
         try:
-            record["results"].append({"item": name, **item()})
+            tell(result={"step": step.name, "item": name, **item()})
         except Exception as error:
-            record["failed"][name] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            print(f"  {record['failed'][name]}", flush=True)
-        save(path, record)
+            tell(failed=" ".join(f"{type(error).__name__}: {error}".split())[:500])
         if not device_works(settings.device):
             return DEVICE_LOST
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    save(path, record | {"complete": not record["failed"], "gpu_after": gpu_state()})
+    tell(gpu_after=gpu_state())
     return 0
 
 
 # --------------------------------------------------------------------------- files
 
 
-def save(path: Path, record: dict[str, Any]) -> None:
-    """In one go, so that a killed step leaves a whole file; NaN and infinity become null."""
-    plain = json.loads(json.dumps(record), parse_constant=lambda name: None)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plain, indent=1) + "\n")
-    temporary.replace(path)
+class Record:
+    """A file of results, which steps may share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.values = {"results": [], "failed": {}, "complete": [], **load(path)}
+
+    def of(self, step: str) -> list[dict[str, Any]]:
+        """A step's results."""
+        return [result for result in self.values["results"] if result["step"] == step]
+
+    def save(self) -> None:
+        """In one go, so that who is killed leaves a whole file; NaN and infinity become null."""
+        plain = json.loads(json.dumps(self.values), parse_constant=lambda name: None)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(plain, indent=1) + "\n")
+        temporary.replace(self.path)
 
 
 def folder_name() -> str:
@@ -198,15 +214,13 @@ def folder_name() -> str:
 class Child:
     """A step's process, started again after a failure for the items that are left."""
 
-    def __init__(self, step: Step, settings: Settings, deadline: float) -> None:
-        self.step, self.settings = step, settings
-        self.path = settings.out / f"{step.name}.json"
+    def __init__(self, step: Step, settings: Settings, record: Record, deadline: float) -> None:
+        self.step, self.settings, self.record = step, settings, record
         self.deadline = min(deadline, time.monotonic() + step.limit)
-        self.caches = tempfile.mkdtemp() if step.fresh else None
-        record = load(self.path)
-        if record:
-            save(self.path, record | {"failed": {}, "running": None})
-        self.log = (settings.out / f"{step.name}.log").open("a")
+        self.caches = tempfile.mkdtemp()
+        self.log = (settings.out / "gpu.log").open("a")
+        self.running: str | None = None
+        self.failed = record.values["failed"][step.name] = {}
         self.start()
 
     def start(self) -> None:
@@ -214,7 +228,7 @@ class Child:
             **os.environ,
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            "FASTVIT_CACHE": str(self.settings.out / "cache"),  # of tuned tiles
+            "FASTVIT_CACHE": self.caches,  # of tuned tiles, which nobody else is to use
         }
         for name in ("TRITON_INTERPRET", "FASTVIT_BACKEND"):
             environment.pop(name, None)
@@ -222,39 +236,63 @@ class Child:
             environment["TRITON_INTERPRET"] = "1"
         if self.step.strict:
             environment["FASTVIT_BACKEND"] = "triton"
-        if self.caches:
+        if self.step.fresh:
             for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
                 environment[name] = f"{self.caches}/{name}"
+        done = {*self.failed, *(result["item"] for result in self.record.of(self.step.name))}
         command = [sys.executable, sys.argv[0], "--step", self.step.name]
         command += ["--out", str(self.settings.out), "--seed", str(self.settings.seed)]
+        command += ["--done", json.dumps([*done])]
         command += ["--dry-run"] * self.settings.dry_run
         self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=self.log, env=environment, start_new_session=True
-        )
-        self.started = time.time()
+            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        self.heard = time.monotonic()
+        self.listener = threading.Thread(target=self.listen, daemon=True)
+        self.listener.start()
+
+    def listen(self) -> None:
+        """Until the process ends."""
+        for line in self.process.stdout or ():
+            if not line.startswith(NEWS):
+                self.log.write(line)
+                continue
+            self.heard = time.monotonic()
+            ((kind, news),) = json.loads(line.removeprefix(NEWS)).items()
+            with self.record.lock:
+                if kind == "header":
+                    self.record.values = {**news, **self.record.values}
+                elif kind == "result":
+                    self.record.values["results"].append(news)
+                elif kind == "failed":
+                    self.failed[str(self.running)] = news
+                elif kind == "gpu_after":
+                    self.record.values[kind] = news
+                    self.record.values["complete"] += [self.step.name] * (not self.failed)
+                self.running = news if kind == "running" else None
+                self.record.save()
 
     def check(self) -> str | None:
         """None while it runs, then how it ended."""
         status = self.process.poll()
         if status is None:
-            written = self.path.stat().st_mtime if self.path.exists() else 0.0
-            quiet = time.time() - max(self.started, written)
             if time.monotonic() > self.deadline:
                 self.stop()
                 return self.close("out of time")
-            if quiet < self.step.stall:
+            if time.monotonic() - self.heard < self.step.stall:
                 return None
             self.stop()
             status = f"took longer than {self.step.stall:.0f} s"
-        elif status == 0:
-            return self.close("done" if load(self.path).get("complete") else "items failed")
         else:
+            self.listener.join()
+            if status == 0:
+                return self.close("items failed" if self.failed else "done")
             status = f"ended with status {status}"
-        record = load(self.path)
-        running = record.get("running")
-        if running:
-            record["failed"][running] = status
-            save(self.path, record | {"running": None})
+        if self.running:
+            with self.record.lock:
+                self.failed[self.running], self.running = status, None
+                self.record.save()
         elif status != f"ended with status {DEVICE_LOST}":
             return self.close(f"failed: {status}, see {self.log.name}")
         if time.monotonic() > self.deadline:
@@ -267,29 +305,31 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.listener.join(5)
 
     def close(self, outcome: str) -> str:
         self.log.close()
-        if self.caches:
-            shutil.rmtree(self.caches, ignore_errors=True)
+        shutil.rmtree(self.caches, ignore_errors=True)
         return outcome
 
 
-def run_all(steps: list[Step], settings: Settings, deadline: float) -> dict[str, str]:
-    """Every unfinished step for as long as there is time; outcomes by name."""
+def run_all(
+    steps: list[Step], settings: Settings, records: dict[str, Record], deadline: float
+) -> dict[str, str]:
+    """Every step for as long as there is time; outcomes by name."""
     outcomes: dict[str, str] = {}
     waiting, active = list(steps), list[Child]()
     try:
         while waiting or active:
             while waiting and _may_start(waiting[0], active):
                 step = waiting.pop(0)
-                if load(settings.out / f"{step.name}.json").get("complete"):
+                if step.name in records[step.record].values["complete"]:
                     outcomes[step.name] = "done before"
                 elif time.monotonic() > deadline:
                     outcomes[step.name] = "not started: no time left"
                 else:
                     print(f"{step.name} ...", flush=True)
-                    active.append(Child(step, settings, deadline))
+                    active.append(Child(step, settings, records[step.record], deadline))
             time.sleep(0.1)
             for child in list(active):
                 outcome = child.check()
@@ -299,6 +339,7 @@ def run_all(steps: list[Step], settings: Settings, deadline: float) -> dict[str,
     finally:
         for child in active:
             child.stop()
+            child.close("stopped")
     return outcomes
 
 
@@ -313,18 +354,20 @@ def _may_start(step: Step, active: list[Child]) -> bool:
 # --------------------------------------------------------------------------- the last table
 
 
-def summary(settings: Settings, steps: list[Step], outcomes: dict[str, str]) -> tuple[str, bool]:
+def summary(
+    steps: tuple[Step, ...], records: dict[str, Record], outcomes: dict[str, str]
+) -> tuple[str, bool]:
     """A short table, and whether all that ran is right."""
     lines, right = [], True
     for step in steps:
-        record = load(settings.out / f"{step.name}.json")
-        results, failed = record.get("results", []), record.get("failed", {})
+        record = records[step.record]
+        results, failed = record.of(step.name), record.values["failed"].get(step.name, {})
         wrong = [result["item"] for result in results if verdict(result) is False]
         right = right and not wrong and not failed and not outcomes[step.name].startswith("failed")
         verdicts = [verdict(result) for result in results]
         checked = len(results) - verdicts.count(None)
         passed = f", {verdicts.count(True)} of {checked} pass the numerics" if checked else ""
-        lines.append(f"{step.name:18} {outcomes[step.name]}; {len(results)} items{passed}")
+        lines.append(f"{step.name:22} {outcomes[step.name]}; {len(results)} items{passed}")
         lines += [f"  FAIL {item}" for item in wrong]
         lines += [f"  {item}: {why[:110]}" for item, why in failed.items()]
         lines += [f"  {text}" for text in map(speed, results) if text]
@@ -372,16 +415,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for all of it")
     parser.add_argument("--out", type=Path, help=f"folder of the records; below {RESULTS}")
     parser.add_argument("--seed", type=int, help="of inputs and weights; fresh by default")
+    parser.add_argument("--commit", help="what this is an archive of, where there is no .git")
     parser.add_argument(
         "--dry-run", action="store_true", help="toy sizes in Triton's interpreter, without a GPU"
     )
     parser.add_argument("--step", help=argparse.SUPPRESS)  # inside a step's process
+    parser.add_argument("--done", type=json.loads, default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes - MARGIN
     sys.path.insert(0, str(ROOT))
+    if args.commit:
+        os.environ["FASTVIT_COMMIT"] = args.commit
     if args.out is None:
         import torch
 
@@ -392,18 +439,20 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     settings = Settings(args.out, seed, args.dry_run)
     if args.step:
-        return run_step(next(step for step in STEPS if step.name == args.step), settings)
+        step = next(step for step in STEPS if step.name == args.step)
+        return run_step(step, settings, set(args.done))
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no step outlives this
+    records = {step.record: Record(args.out / f"{step.record}.json") for step in STEPS}
     first, *rest = STEPS
     if args.dry_run:  # nothing is timed in earnest, so all may run at once
         rest = [dataclasses.replace(step, together=True) for step in rest]
-    outcomes = run_all([first], settings, deadline)
-    if "roof" not in next(iter(load(args.out / "environment.json").get("results", [])), {}):
-        print(f"no roof, so nothing to go by: see {args.out / 'environment.log'}")
+    outcomes = run_all([first], settings, records, deadline)
+    if "roof" not in next(iter(records["environment"].values["results"]), {}):
+        print(f"no roof, so nothing to go by: see {args.out / 'gpu.log'}")
         return 1
-    outcomes |= run_all(rest, settings, deadline)
-    text, right = summary(settings, list(STEPS), outcomes)
+    outcomes |= run_all(rest, settings, records, deadline)
+    text, right = summary(STEPS, records, outcomes)
     print(f"\n{text}\nrecords: {args.out}; run again to go on")
     return 0 if right else 1
 

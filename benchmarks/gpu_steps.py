@@ -90,7 +90,11 @@ def numerics_items(settings: Settings, *, names: tuple[str, ...]) -> dict[str, I
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for spec in specs
         if dtype in spec.dtypes
-        for case in ((smallest(spec.cases, spec),) if settings.dry_run else spec.cases)
+        for case in (
+            (smallest(spec.cases, spec),)
+            if settings.dry_run
+            else spec.certified(dtype, settings.device)
+        )
     }
 
 
@@ -129,6 +133,34 @@ def parity_items(settings: Settings) -> dict[str, Item]:
         f"{name}, {str(dtype).removeprefix('torch.')}": functools.partial(check, name, dtype, depth)
         for name in names
         for dtype in dtypes
+    }
+
+
+def proof_items(settings: Settings) -> dict[str, Item]:
+    """For the ledger: each of Hopper's kernels that a case for GPUs takes."""
+    import torch
+
+    from fastvit import ledger
+    from fastvit.kernels._spec import Case, OpSpec
+    from fastvit.kernels.specs import all_specs
+
+    def prove(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+        if settings.dry_run:
+            return {"configuration": ledger.configuration_of(spec, case, dtype)}
+        entry = ledger.prove(spec, case, dtype, settings.device, settings.seed)
+        if entry is None:
+            return {"skipped": f"{case.name} takes none of Hopper's kernels, or has a mask"}
+        op = entry["configuration"]["op"]
+        ledger.record(settings.out / f"proven_{op}.json", [entry])
+        return {"configuration": entry["configuration"], **entry["proof"]["numerics"][0]}
+
+    return {
+        f"{spec.name}, {case.name}, {str(dtype).removeprefix('torch.')}": functools.partial(
+            prove, spec, case, dtype
+        )
+        for spec in all_specs().values()
+        for case in spec.gpu_cases
+        for dtype in (torch.bfloat16, torch.float16)
     }
 
 

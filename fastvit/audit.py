@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from fastvit.kernels import _device
+from fastvit.kernels._launch import Prepared
 from fastvit.kernels._spec import Case, OpSpec
 from fastvit.kernels._tuning import cache_folder
 from fastvit.kernels.specs import all_specs
@@ -100,7 +101,8 @@ class Compiled:
     per block, `matrix_ops` and `loop_spills` instruction counts (on AMD all spills count),
     `stores` those that write global memory, `narrow_loads` those of global loads of one or two
     bytes (None on AMD), `buffers` the depths of `buffer_depths`, `boxes` the elements of
-    `tma_boxes`, `blocks` how many fit one multiprocessor.
+    `tma_boxes`, `blocks` how many fit one multiprocessor, `fingerprint` what `fastvit.ledger` knows
+    the machine code of a Gluon kernel by.
     """
 
     kernel: str
@@ -116,6 +118,7 @@ class Compiled:
     stores: int = 1
     boxes: tuple[tuple[int, int], ...] = ()
     opcode: str = ""  # counted as `matrix_ops`
+    fingerprint: str | None = None
 
     @property
     def blocks(self) -> int:
@@ -207,7 +210,7 @@ def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dty
     with _device.emulate(arch):
         if spec.fp8 and _device.fp8_problem(torch.device("cpu")):
             return
-    for case in spec.bench_cases + spec.cases:
+    for case in spec.bench_cases + spec.gpu_cases + spec.cases:
         real = case in spec.bench_cases
         half = [torch.bfloat16] + [torch.float16] * real
         for dtype in (*half, *({torch.float32} & {*spec.dtypes})):
@@ -250,13 +253,14 @@ def record_launches(
         if floats and not spec.inference:
             y = spec.op(**inputs)
             torch.autograd.grad(y, floats, torch.empty_like(y), allow_unused=True)
-    return [
-        Launch(
-            prepared.kernel, arguments,
-            {"num_warps": prepared.tile.num_warps, "num_stages": prepared.tile.num_stages}, arch,
-        )
-        for prepared, arguments in found
-    ]  # fmt: skip
+    return [as_launch(prepared, arguments, arch) for prepared, arguments in found]
+
+
+def as_launch(prepared: Prepared, arguments: tuple[Any, ...], arch: str) -> Launch:
+    """One that `recorded` kept."""
+    tile = prepared.tile
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return Launch(prepared.kernel, arguments, options, arch)
 
 
 def use_target(arch: str) -> None:
@@ -276,14 +280,9 @@ def use_target(arch: str) -> None:
 
 def compile_launch(launch: Launch) -> Compiled:
     """Compile for the launch's architecture, and read the result; or what was read before."""
-    import triton
-
-    of = (launch.key(), launch.arch, triton.__version__, Path(__file__).read_text())
-    kept = cache_folder() / "audit" / f"{hashlib.sha256(repr(of).encode()).hexdigest()}.json"
-    try:
-        return _from_json(json.loads(kept.read_text()))
-    except (OSError, ValueError, TypeError):  # nothing was kept, or it is no such record
-        compiled = _compile(launch)
+    if (before := compiled_before(launch)) is not None:
+        return before
+    kept, compiled = _kept(launch), _compile(launch)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
@@ -292,6 +291,21 @@ def compile_launch(launch: Launch) -> Compiled:
     except OSError:  # no such folder: the next audit compiles again
         pass
     return compiled
+
+
+def compiled_before(launch: Launch) -> Compiled | None:
+    """What this machine has kept of the same machine code."""
+    try:
+        return _from_json(json.loads(_kept(launch).read_text()))
+    except (OSError, ValueError, TypeError):  # nothing was kept, or it is no such record
+        return None
+
+
+def _kept(launch: Launch) -> Path:
+    import triton
+
+    of = (launch.key(), launch.arch, triton.__version__, Path(__file__).read_text())
+    return cache_folder() / "audit" / f"{hashlib.sha256(repr(of).encode()).hexdigest()}.json"
 
 
 def _from_json(record: dict[str, Any]) -> Compiled:
@@ -330,6 +344,7 @@ def read_compiled(name: str, arch: str, opcode: str, kernel: Any) -> Compiled:
         )
     sass, usage = _disassemble(kernel.asm["cubin"])
     matrix_ops, loop_spills = count_in_sass(sass, opcode)
+    gluon = "ttir" not in kernel.asm
     return Compiled(
         **common,
         registers=int(_find(r"REG:(\d+)", usage)),
@@ -338,7 +353,16 @@ def read_compiled(name: str, arch: str, opcode: str, kernel: Any) -> Compiled:
         loop_spills=loop_spills,
         narrow_loads=len(re.findall(r"\bLDG\.E\.[US](?:8|16)\b", sass)),
         stores=len(re.findall(r"\b(?:STG|UTMASTG|RED|REDG|ATOM|ATOMG)\b", sass)),
+        fingerprint=fingerprint(sass) if gluon else None,
     )
+
+
+def fingerprint(sass: str) -> str:
+    """Of the instructions in ``cuobjdump -sass``: sha256, without addresses, encodings, headers."""
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?;)", sass, re.MULTILINE)
+    if not lines:
+        raise ValueError("no instruction in the listing")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def buffer_depths(ttgir: str) -> tuple[tuple[int, int], ...]:

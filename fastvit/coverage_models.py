@@ -46,7 +46,7 @@ def build_small(name: str, *, seed: int = 0, batch: int = 2, **options: Any) -> 
     whole: Any = timm.create_model(name, device="meta")
     model: Any = timm.create_model(name, device="meta", **(_sizes(whole) | options))
     model = model.to_empty(device="cpu").eval()
-    _fill_buffers(model)
+    fill_buffers(model)
     randomise(model, seed)
     generator = torch.Generator().manual_seed(seed)
     embeds = getattr(model, "embeds", None)
@@ -93,7 +93,7 @@ def _times(patch: tuple[int, int]) -> tuple[int, int]:
     return GRID[0] * patch[0], GRID[1] * patch[1]
 
 
-def _fill_buffers(model: nn.Module) -> None:
+def fill_buffers(model: nn.Module) -> None:
     """The values of buffers that were made on no device."""
     for module in model.modules():
         for fill in ("reset_running_stats", "init_non_persistent_buffers"):

@@ -48,10 +48,11 @@ def version(*distributions: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, ``-dirty`` if changed; else None."""
+    """Commit of the checkout this package runs from, ``-dirty`` if changed; else what
+    ``FASTVIT_COMMIT`` says, as for an archive of one, or None."""
     # an installed copy may lie inside the checkout of another project
     if _output("git", "-C", str(PACKAGE), "rev-parse", "--show-toplevel") != str(PACKAGE.parent):
-        return None
+        return os.environ.get("FASTVIT_COMMIT")
     return _output(
         "git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     )

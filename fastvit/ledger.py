@@ -22,24 +22,31 @@ them, by default of every entry's and then with verdicts, for sm_90. Needs a pro
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from fastvit import audit
+from fastvit import audit, numerics
+from fastvit.audit import fingerprint
+from fastvit.environment import environment
 from fastvit.kernels import _device
 from fastvit.kernels._backend import packed
 from fastvit.kernels._launch import Prepared
+from fastvit.kernels._spec import Case, OpSpec
 from fastvit.kernels._tuning import TileConfig
+from fastvit.kernels.attention.hopper_plan import LONG
+from fastvit.launches import recorded
 
 ROWS = 1024  # of the matrices that stand for any number of them: no kernel is specialised on it
 
@@ -57,6 +64,11 @@ def entries(op: str, arch: str = "sm90") -> list[dict[str, Any]]:
     return json.loads(path.read_text())["entries"] if path.exists() else []
 
 
+def all_entries() -> list[dict[str, Any]]:
+    """Of every op's."""
+    return [entry for op in _BUILDERS for entry in entries(op)]
+
+
 def label(configuration: Configuration) -> str:
     """``linear pingpong 128x128x64 bfloat16 gelu bias``, ``attention head 1x12x197x64 float16``."""
     c = configuration
@@ -66,14 +78,14 @@ def label(configuration: Configuration) -> str:
 
 
 def record(path: Path, proven: Sequence[Mapping[str, Any]]) -> None:
-    """Put entries into a ledger, each in the place of the one of the same configuration. A proof of
-    the machine code that is recorded already keeps the other tritons' fingerprints; one of other
-    machine code drops them, and ``changed``.
+    """Put entries into a ledger, perhaps a new one, each in the place of the one of the same
+    configuration. A proof of the machine code that is recorded already keeps the other tritons'
+    fingerprints; one of other machine code drops them, and ``changed``.
 
     Args:
         proven: each with ``configuration``, ``fingerprints`` and ``proof``.
     """
-    held = json.loads(path.read_text())
+    held = json.loads(path.read_text()) if path.exists() else {"entries": []}
     for new in proven:
         old = next((e for e in held["entries"] if e["configuration"] == new["configuration"]), None)
         entry = {**new, "changed": None}
@@ -99,12 +111,42 @@ def verdict(entry: Mapping[str, Any], triton: str, fingerprint: str) -> str:
     return "changed" if entry.get("changed") else "broken"
 
 
-def fingerprint(sass: str) -> str:
-    """Of the instructions in ``cuobjdump -sass``."""
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?;)", sass, re.MULTILINE)
-    if not lines:
-        raise ValueError("no instruction in the listing")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def verdict_of(fingerprint: str, triton: str) -> str:
+    """Of machine code that some kernel has: the verdict of an entry that it proves, else
+    ``never proven``."""
+    for entry in all_entries():
+        if entry["fingerprints"].get(triton) == fingerprint:
+            return verdict(entry, triton, fingerprint)
+    return "never proven"
+
+
+def state(*, compiling: bool = False) -> str:
+    """The verdicts of all entries in a line.
+
+    Args:
+        compiling: entries that this machine has not compiled, by an audit or so, are now.
+    """
+    held = all_entries()
+    proof = held[0]["proof"]
+    line = f"{len(held)} configurations of Hopper's kernels were proven on {proof['card']}"
+    line += f", triton {proof['triton']}; "
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return line + "TRITON_INTERPRET=1 compiles none"
+    try:
+        import triton
+    except ImportError:
+        return line + "triton is not installed"
+    counts = Counter()
+    for entry in held:
+        with _offline():
+            launch = audit.as_launch(*build(entry["configuration"]), "sm90")
+            found = (audit.compile_launch if compiling else audit.compiled_before)(launch)
+        known = found is not None and found.fingerprint
+        word = verdict(entry, triton.__version__, known) if known else "not compared"
+        counts[word] += 1
+    verdicts = ", ".join(f"{count} {word}" for word, count in counts.items())
+    hint = "; `fastvit audit --arch sm90` compares them" if counts["not compared"] else ""
+    return f"{line}as triton {triton.__version__} compiles them now: {verdicts}{hint}"
 
 
 # --------------------------------------------------------------------------- offline compile
@@ -116,14 +158,21 @@ def compile_offline(prepared: Prepared, arguments: Sequence[Any]) -> Any:
     Args:
         arguments: as `launches.recorded` gives them with `prepared`.
     """
-    from triton.runtime import driver
-
     tile = prepared.tile
-    with mock.patch.object(driver, "_active", None):  # a GPU's own driver comes back
+    with _offline():
         audit.use_target("sm90")
         return prepared.kernel.warmup(
             *arguments, grid=(1,), num_warps=tile.num_warps, num_stages=tile.num_stages
         )
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """A GPU's own driver comes back."""
+    from triton.runtime import driver
+
+    with mock.patch.object(driver, "_active", None):
+        yield
 
 
 def read(compiled: Any) -> dict[str, Any]:
@@ -251,11 +300,87 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
 _BUILDERS = {"linear": _linear, "linear_fp8": _linear, "attention": _attention}
 
 
+# --------------------------------------------------------------------------- proofs
+
+
+def configuration_of(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Any] | None:
+    """Of the kernel that `case` of ``linear`` or an attention launches; None if it is none of
+    Hopper's, or has a mask, whose strides and dtype no configuration holds."""
+    launch = _recorded(spec, case, dtype, device)
+    tile = None if launch is None else launch[0].tile
+    inputs, sizes = spec.inputs(case, dtype, device, seed=None), case.sizes
+    if tile is None or not tile.backend or inputs.get("attn_mask") is not None:
+        return None
+    common = {"op": spec.name, "variant": tile.backend, "dtype": str(dtype).removeprefix("torch.")}
+    if spec.name == "linear":
+        operands = [n for n in ("bias", "scale", "residual") if inputs.get(n) is not None]
+        return common | {
+            "tile": [tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K], "operands": operands,
+            "activation": inputs["activation"] or "none", "N": sizes["N"], "K": sizes["K"],
+        }  # fmt: skip
+    more = {"M": sizes["M"]} if sizes["M"] != sizes["N"] else {}
+    if tile.backend in LONG and tile.BLOCK_N != 128:
+        more["block"] = tile.BLOCK_N
+    return common | {
+        "op": "attention", "operands": ["separate"] * ("q" in inputs),
+        **{name: sizes[name] for name in "BHNd"}, **more,
+    }  # fmt: skip
+
+
+def _recorded(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str
+) -> tuple[Prepared, tuple[Any, ...]] | None:
+    with torch.no_grad(), recorded() as found:
+        spec.op(**spec.inputs(case, dtype, device, seed=None))
+    return found[0] if len(found) == 1 else None
+
+
+def prove(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cuda", seed: int = 0
+) -> dict[str, Any] | None:
+    """An entry for the ledger, from this machine's GPU; None as `configuration_of`.
+
+    Raises:
+        ValueError: the configuration does not give the machine code that ran.
+    """
+    configuration = configuration_of(spec, case, dtype, device)
+    launch = _recorded(spec, case, dtype, device)
+    if configuration is None or launch is None:
+        return None
+    with _offline():
+        ran, rebuilt = (audit.as_launch(*x, "sm90").key() for x in (launch, build(configuration)))
+    if ran != rebuilt:
+        raise ValueError(f"{label(configuration)} is not all there is to know of it")
+    ((output,), inputs) = (
+        numerics.compare_case(spec, case, dtype, device=device, seed=seed).rows,
+        spec.inputs(case, dtype, device, seed),
+    )
+    with torch.no_grad():
+        same = torch.equal(spec.op(**inputs), spec.op(**inputs))
+    facts = environment()
+    check = {
+        **case.sizes, "inputs": "random", "truth": "float64", "seed": seed,
+        **{name: value for name, value in vars(output).items() if name.endswith("error")},
+        "same_bits": same, "passed": output.passed and same,
+    }  # fmt: skip
+    return {
+        "configuration": configuration,
+        "fingerprints": {facts["triton"]: read(compile_offline(*launch))["fingerprint"]},
+        "proof": {
+            "card": facts["gpu"], "date": facts["date"][:10], "torch": facts["torch"],
+            "triton": facts["triton"], "commit": facts["git_commit"], "numerics": [check],
+            "source": "the product's kernel, by benchmarks/gpu.py; not timed there", "times": [],
+        },
+    }  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> None:
     """As the module's docstring says."""
     import triton
 
-    held = [] if arguments else [entry for op in _BUILDERS for entry in entries(op)]
+    held = [] if arguments else all_entries()
     configurations = json.loads(arguments[0]) if arguments else [e["configuration"] for e in held]
     facts = [read(compile_offline(*build(c))) for c in configurations]
     verdicts = {

@@ -3,8 +3,11 @@ why. Gluon itself is imported by none but who launches such a kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -14,7 +17,38 @@ from fastvit.kernels._device import architecture, forget
 # whose machine code was run on a GPU or read; Gluon promises no stable interface
 PROVEN_TRITON = ("3.6.0", "3.7.1")
 
+Choice = TypeVar("Choice")
+
 _refused: str | None = None  # what Triton's compiler said to one of them
+
+
+class Answer(NamedTuple):
+    """What one launcher decided."""
+
+    op: str
+    sizes: tuple[int, ...]
+    choice: Any  # a plan's `Variant`, or in words why a portable kernel runs
+
+
+_answers: list[Answer] | None = None
+
+
+@contextlib.contextmanager
+def answers() -> Iterator[list[Answer]]:
+    """Collect what launchers decide that have not yet decided the same (`_device.forget`)."""
+    global _answers
+    before, _answers = _answers, []
+    try:
+        yield _answers
+    finally:
+        _answers = before
+
+
+def answer(op: str, sizes: tuple[int, ...], choice: Choice) -> Choice:
+    """`choice`, and whoever collects answers is told."""
+    if _answers is not None:
+        _answers.append(Answer(op, sizes, choice))
+    return choice
 
 
 def hopper_problem(device: torch.device) -> str | None:

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastvit
 from fastvit.accelerate import Plan, accelerate, explain, restore
 from fastvit.accelerate import plan as plans
-from fastvit.kernels import _backend
+from fastvit.kernels import _backend, _device, _hopper
 
 # --------------------------------------------------------------------------- copies and compilers
 
@@ -274,6 +274,18 @@ def test_explain_groups_and_counts(capsys):
         "norm1 is BatchNorm1d; fused is LayerNorm or RMSNorm or RmsNorm"
     )
     assert "not called yet" not in capsys.readouterr().out
+
+
+def test_explain_says_whether_hoppers_kernels_are_used(monkeypatch, capsys):
+    assert explain(small()).hopper is None
+    monkeypatch.setattr(plans, "_device_type", lambda model: "cuda")
+    monkeypatch.setattr(_backend, "gpu_problem", lambda: None)
+    monkeypatch.setattr(_backend, "_path", "auto")
+    with _device.emulate("sm80"):
+        assert explain(small()).hopper == "not used: sm80 is not sm90"
+    assert "Hopper's kernels: not used: sm80" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(_hopper, "_triton_version", lambda: "3.6.0")
+    assert explain(small()).hopper == "used where a tuning table names them"
 
 
 def test_own_models_need_no_accelerate():

@@ -308,6 +308,10 @@ def test_doctor_tells_versions_paths_and_tables():
     assert tables == files != set()
     for text in ("TRITON_INTERPRET=1", torch.__version__, "linear", "sm90"):
         assert text in table
+    assert "were proven on NVIDIA H200" in record["hopper"]["ledger"]
+    if not torch.cuda.is_available():
+        assert "no CUDA or ROCm device" in record["hopper"]["problem"]
+        assert "not used: no CUDA" in " ".join(table.split())
 
 
 @pytest.mark.parametrize(

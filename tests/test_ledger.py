@@ -8,10 +8,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from fastvit import ledger
+from fastvit.kernels.specs import all_specs
 from fastvit.ledger import entries, fingerprint, label, ledger_path, record, verdict
 
 LINEAR, FP8, ATTENTION = entries("linear"), entries("linear_fp8"), entries("attention")
@@ -94,6 +99,86 @@ def test_verdicts():
     assert verdict(entry, "3.8.0", "a") == "unknown"
 
 
+STATE = """
+from types import SimpleNamespace
+from fastvit import audit, ledger
+first, *rest = ledger.all_entries()
+ledger.all_entries = lambda: [first]
+print(ledger.state())
+print(ledger.state(compiling=True))
+print(ledger.state())
+audit.compiled_before = lambda launch: SimpleNamespace(fingerprint="another")
+print(ledger.state())
+print(ledger.verdict_of("another", "3.7.1"))
+"""
+
+
+def test_the_state_in_a_line(tmp_path):
+    """What `doctor` and `audit` print: nothing is compiled but where that is asked for."""
+    if compiled(folder="")["triton"] not in ENTRIES[0]["fingerprints"]:
+        pytest.skip("no fingerprint for this triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["FASTVIT_CACHE"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", STATE], env=env, capture_output=True, text=True, check=True
+    )
+    before, now, after, other, unheard = done.stdout.splitlines()
+    assert "1 not compared" in before
+    assert now.endswith(("1 proven", "1 same source"))
+    assert after == now
+    assert other.endswith("1 broken")
+    assert unheard == "never proven"
+    assert "TRITON_INTERPRET=1" in ledger.state()
+
+
+PROVABLE = """
+import torch
+from fastvit import audit, ledger
+from fastvit.kernels.specs import all_specs
+for spec in all_specs().values():
+    for case in spec.gpu_cases:
+        for dtype in (torch.bfloat16, torch.float16):
+            c = ledger.configuration_of(spec, case, dtype)
+            if c is not None:
+                ran = audit.as_launch(*ledger._recorded(spec, case, dtype, "cpu"), "sm90")
+                assert ran.key() == audit.as_launch(*ledger.build(c), "sm90").key(), c
+            print(spec.name, c and c["variant"])
+"""
+
+
+def test_a_case_for_a_gpu_has_a_configuration():
+    """From which the same machine code comes; only masks have none."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["FASTVIT_BACKEND"] = "auto"
+    done = subprocess.run(
+        [sys.executable, "-c", PROVABLE], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = Counter(done.stdout.splitlines())
+    assert found["attention None"] == 4  # bool mask, bias
+    assert found["linear pingpong"] == 10
+    assert found["linear coop"] == 2
+    assert found["attention_qkv stay"] == 2
+    assert "linear None" not in found
+
+
+def test_a_proof_says_what_it_is_of(monkeypatch):
+    """What a GPU would run and compile is stood in for here; numerics are real."""
+    spec = all_specs()["linear"]
+    case = min(spec.gpu_cases, key=lambda case: spec.bytes(case.sizes, 2))
+    monkeypatch.setattr(ledger, "compile_offline", lambda *launch: None)
+    monkeypatch.setattr(ledger, "read", lambda compiled: {"fingerprint": "of it"})
+    monkeypatch.setattr(ledger.audit, "as_launch", lambda *launch: SimpleNamespace(key=str))
+    entry = ledger.prove(spec, case, torch.bfloat16, "cpu", seed=3)
+    assert entry is not None
+    assert label(entry["configuration"]).startswith("linear pingpong 64x128x64 bfloat16")
+    (check,) = entry["proof"]["numerics"]
+    assert check["passed"]
+    assert check["M"] == 1000
+    assert 0 < check["max_error"] <= check["eager_max_error"]
+    assert [*entry["fingerprints"].values()] == ["of it"]
+
+
 def test_a_run_on_a_gpu_adds_its_proofs(tmp_path):
     path = tmp_path / "sm90.json"
     path.write_text(ledger_path("linear").read_text())
@@ -102,6 +187,8 @@ def test_a_run_on_a_gpu_adds_its_proofs(tmp_path):
     again = {**first, "fingerprints": {tritons[0]: first["fingerprints"][tritons[0]]}}
     other = {**second, "fingerprints": {tritons[0]: "another"}, "changed": "no longer"}
     new = {**first, "configuration": {**first["configuration"], "dtype": "float16"}}
+    record(tmp_path / "new.json", [new])
+    assert json.loads((tmp_path / "new.json").read_text())["entries"] == [{**new, "changed": None}]
     record(path, [again, other, new])
     held = json.loads(path.read_text())["entries"]
     assert len(held) == len(LINEAR) + 1

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import numerics, ops
+from fastvit.kernels import _device
 from fastvit.kernels.linear.reference import linear_reference
 from fastvit.kernels.specs import all_specs
+from fastvit.launches import recorded
 
 TRUTH = torch.linspace(-1.75, 1.75, 64, dtype=torch.float64)
 ULP = torch.finfo(torch.float32).eps  # of 1.75, the largest value of TRUTH
@@ -23,6 +25,21 @@ def row(ours_error: float, eager_error: float) -> numerics.Row:
     # in float64, so that the errors are exactly those given
     found = numerics.measure("output", TRUTH + ours_error, TRUTH, TRUTH + eager_error)
     return numerics.Row(**{**vars(found), "ulp": ULP})
+
+
+def test_cases_for_a_gpu_take_hoppers_kernels():
+    """All that they are for; without a GPU, or in float32, the certificate leaves them out."""
+    names = set()
+    for spec in all_specs().values():
+        for case in spec.gpu_cases:
+            with _device.emulate("sm90"), recorded() as found, torch.no_grad():
+                spec.op(**spec.inputs(case, torch.bfloat16, seed=None))
+            ((prepared, _),) = found
+            names.add(prepared.tile.backend)
+        assert spec.certified(torch.float32, "cuda") == spec.cases
+        assert spec.certified(torch.float16, "cpu") == spec.cases
+        assert spec.certified(torch.float16, "cuda") == spec.cases + spec.gpu_cases
+    assert names == {"pingpong", "coop", "roles", "head", "stream", "stay"}
 
 
 def test_errors_are_maximum_and_rms():

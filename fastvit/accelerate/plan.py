@@ -12,6 +12,7 @@ from torch import nn
 from fastvit.accelerate.fp8 import QUANTIZED
 from fastvit.accelerate.graphs import GRAPHS
 from fastvit.kernels import _backend
+from fastvit.kernels._hopper import hopper_problem
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,6 +61,8 @@ class Plan:
         note: why there are no rows, if so.
         graphs: when a model that was given CUDA graphs uses them, or why never.
         inference: when a model that was given fp8 uses it.
+        hopper: where the ops run in Triton on a GPU, whether Hopper's own kernels are used, or why
+            not.
     """
 
     rows: tuple[PlanRow, ...]
@@ -68,6 +71,7 @@ class Plan:
     note: str | None
     graphs: str | None = None
     inference: str | None = None
+    hopper: str | None = None
 
     @property
     def fused_blocks(self) -> list[str]:
@@ -105,6 +109,8 @@ class Plan:
             caption += f"\nCUDA graphs: {self.graphs}"
         if self.inference is not None:
             caption += f"\ninference: {self.inference}"
+        if self.hopper is not None:
+            caption += f"\nHopper's kernels: {self.hopper}"
         table = Table(title=f"fastvit: {count} fused{state}", caption=caption)
         for column in ("module", "type", "what runs", "reason for falling back"):
             table.add_column(column, overflow="fold", no_wrap=column == "type")
@@ -153,6 +159,7 @@ def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
         note=note,
         graphs=_graphs(model),
         inference=_WHEN_FP8 if quantized else None,
+        hopper=_hopper_in_words(model),
     )
 
 
@@ -179,6 +186,13 @@ def gpu_obstacle(model: nn.Module) -> str | None:
     """Why Triton cannot run although the model is on a GPU."""
     device = _device_type(model)
     return _backend.gpu_problem() if device == "cuda" else None
+
+
+def _hopper_in_words(model: nn.Module) -> str | None:
+    if _backend.current_path() not in ("auto", "triton") or _device_type(model) != "cuda":
+        return None
+    problem = _backend.gpu_problem() or hopper_problem(next(model.parameters()).device)
+    return "used where a tuning table names them" if problem is None else f"not used: {problem}"
 
 
 def _device_type(model: nn.Module) -> str:

@@ -50,10 +50,18 @@ def audit(
     order = {name: at for at, name in enumerate((*auditing.ARCHITECTURES, *specs))}
     rows.sort(key=lambda row: (order[row.compiled.arch], order[row.op]))
     passed = not broken and not any(row.problems for row in rows)
+    held = None
+    if any(row.compiled.fingerprint for row in rows):
+        from fastvit import ledger
+
+        held = ledger.state(compiling=not op)
     if as_json:
-        print_json({"passed": passed, "broken": broken, "kernels": [_record(row) for row in rows]})
+        kernels = [_record(row) for row in rows]
+        print_json({"passed": passed, "broken": broken, "ledger": held, "kernels": kernels})
     else:
         _print(rows, broken)
+        if held is not None:
+            console().print(held)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -64,7 +72,18 @@ def _check(option: str, chosen: list[str] | None, known: Any) -> None:
 
 
 def _record(row: Audited) -> dict[str, Any]:
-    return {**dataclasses.asdict(row), "blocks": row.compiled.blocks}
+    return {**dataclasses.asdict(row), "blocks": row.compiled.blocks, "ledger": _proof(row)}
+
+
+def _proof(row: Audited) -> str | None:
+    """Whether a GPU has proven the machine code of a Hopper kernel; None of another."""
+    if row.compiled.fingerprint is None:
+        return None
+    import triton
+
+    from fastvit import ledger
+
+    return ledger.verdict_of(row.compiled.fingerprint, triton.__version__)
 
 
 def _print(rows: list[Audited], broken: list[str]) -> None:
@@ -82,7 +101,8 @@ def _print(rows: list[Audited], broken: list[str]) -> None:
             table.add_section()
             table.add_row(Text(", ".join(group), "bold"))
         numbers = (c.registers, c.stack, c.shared, c.matrix_ops, c.loop_spills, c.blocks)
-        verdict = Text("; ".join(row.problems), "bold red") if row.problems else Text("ok", "green")
+        sound = Text(", ".join(filter(None, ("ok", _proof(row)))), "green")
+        verdict = Text("; ".join(row.problems), "bold red") if row.problems else sound
         table.add_row(row.case, row.dtype, *map(str, numbers), verdict)
     out = console()
     out.print(table)

@@ -1,11 +1,12 @@
-"""`fastvit coverage`: which architectures run on our kernels, and with whose numbers."""
+"""`fastvit coverage`: which architectures run on our kernels, and with whose numbers; with --arch,
+which kernel each of their linears and attentions takes on a GPU that is not here."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
@@ -16,6 +17,7 @@ from fastvit.cli._shared import console, fail, finite, print_json, progress_bar
 
 if TYPE_CHECKING:
     from fastvit.coverage import Covered
+    from fastvit.kernel_choice import Chosen
 
 PACKAGES = ("torch", "timm", "transformers", "torchvision", "open_clip_torch")
 
@@ -34,15 +36,24 @@ def coverage(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write coverage.md and coverage.json to.")
     ] = None,
+    arch: Annotated[
+        Literal["sm90"] | None,
+        typer.Option(help="Instead: why Hopper's kernels are taken or not, by timm's own sizes."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one forward, with --arch.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Accelerate every architecture of timm's ViT modules, transformers, torchvision and open_clip.
 
     Each is built small with random parameters and compared with itself before. Exits with status 1
-    if one raises or is further off than 1e-5 of its largest output in float32.
+    if one raises or is further off than 1e-5 of its largest output in float32. With --arch timm's
+    are built whole, and launched nowhere: what is printed is the kernel that each linear and
+    attention of a bfloat16 forward would take.
     """
     from fastvit import coverage as covering
 
+    if arch is not None:
+        _kernels(pattern, library, arch, batch, as_json)
     try:
         pairs, absent = covering.select(library, pattern)
     except (ImportError, ValueError) as error:
@@ -169,3 +180,63 @@ def _print(rows: list[Covered], record: dict[str, Any], out: Path | None) -> Non
     if out is not None:
         written = f"wrote {out / 'coverage.md'} and {out / 'coverage.json'}"
         console().print(written, soft_wrap=True)
+
+
+# --------------------------------------------------------------------------- kernels of a GPU
+
+
+def _kernels(
+    pattern: str, library: list[str] | None, arch: str, batch: int, as_json: bool
+) -> NoReturn:
+    """Asks every launcher; exits with status 1 where an architecture raises."""
+    from fastvit import coverage as covering
+    from fastvit import kernel_choice
+    from fastvit.environment import version
+
+    if library not in (None, [], ["timm"]):
+        raise typer.BadParameter("--arch knows timm's architectures only")
+    try:
+        pairs, _ = covering.select(["timm"], pattern)
+    except (ImportError, ValueError) as error:
+        fail("coverage", str(error))
+    rows = []
+    with progress_bar() as bar:
+        task = bar.add_task("", total=len(pairs))
+        for _, architecture in pairs:
+            bar.update(task, description=architecture)
+            rows.append(kernel_choice.kernels_of(architecture, arch, batch))
+            bar.advance(task)
+    found = kernel_choice.summary(rows)
+    raised = [row for row in rows if row.raised]
+    if as_json:
+        print_json(
+            {
+                "passed": not raised, "arch": arch, "batch": batch, "dtype": "bfloat16",
+                "versions": {name: version(name) for name in ("torch", "timm", "triton")},
+                "summary": found, "architectures": [dataclasses.asdict(row) for row in rows],
+            }
+        )  # fmt: skip
+    else:
+        _print_kernels(found, rows, arch, batch)
+    raise typer.Exit(bool(raised))
+
+
+def _print_kernels(found: list[dict[str, Any]], rows: list[Chosen], arch: str, batch: int) -> None:
+    table = Table(title=f"kernels on {arch}, bfloat16, batch {batch}: {len(rows)} architectures")
+    table.add_column("Hopper's kernel, or why another", overflow="fold")
+    for header in ("number", "models"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("among them", overflow="fold")
+    for op in ("linear", "attention"):
+        lines = [line for line in found if line["op"] == op]
+        table.add_section()
+        table.add_row(Text(op, "bold"), str(sum(line["count"] for line in lines)), "", "")
+        # Hopper's first
+        for line in sorted(lines, key=lambda line: line["kernel"] is None):
+            what = Text(line["kernel"], "green") if line["kernel"] else Text(line["reason"])
+            numbers = str(line["count"]), str(line["models"])
+            table.add_row(what, *numbers, ", ".join(line["examples"]))
+    console().print(table)
+    for row in rows:
+        if row.raised:
+            console().print(Text(f"{row.architecture} raised {row.raised}", "bold red"))

@@ -23,6 +23,7 @@ def doctor(
 
 def diagnosis() -> dict[str, Any]:
     """The environment, the path of CPU and GPU tensors with its reason, and the tuning tables."""
+    from fastvit import ledger
     from fastvit.environment import environment
 
     facts = environment()
@@ -33,6 +34,7 @@ def diagnosis() -> dict[str, Any]:
     return {
         "environment": facts,
         "paths": paths,
+        "hopper": {"problem": hopper_obstacle(), "ledger": ledger.state()},
         "tuning_tables": tuning_tables(facts["gpu_arch"]),
         "tuning_cache": tuning_cache(),
     }
@@ -55,6 +57,16 @@ def path_taken(kind: str) -> tuple[str, str]:
     if path == "triton":
         return "none", f"FASTVIT_BACKEND=triton, but {why}"
     return "torch", str(why)
+
+
+def hopper_obstacle() -> str | None:
+    """Why Hopper's own kernels are not used on this machine, or None if they are."""
+    import torch
+
+    from fastvit.kernels._backend import gpu_problem
+    from fastvit.kernels._hopper import hopper_problem
+
+    return gpu_problem() or hopper_problem(torch.device("cuda", torch.cuda.current_device()))
 
 
 def tuning_tables(arch: str | None) -> list[dict[str, Any]]:
@@ -89,6 +101,10 @@ def _print(facts: dict[str, Any]) -> None:
     for kind in ("cpu", "gpu"):
         taken = facts["paths"][kind]
         table.add_row(f"ops on {kind.upper()} tensors", f"{taken['path']}: {taken['reason']}")
+    problem = facts["hopper"]["problem"]
+    used = "used where a tuning table names them" if problem is None else f"not used: {problem}"
+    table.add_row("Hopper's own kernels", used)
+    table.add_row("their ledger", facts["hopper"]["ledger"])
     table.add_section()
     for name, value in environment.items():
         if name != "date":

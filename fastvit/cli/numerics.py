@@ -169,7 +169,7 @@ def op_jobs(chosen: list[str] | None, settings: Settings) -> list[Job]:
         if not chosen or spec.name in chosen
         for dtype in settings.dtypes
         if dtype.torch in spec.dtypes
-        for case in spec.cases
+        for case in spec.certified(dtype.torch, settings.device)
     ]
 
 

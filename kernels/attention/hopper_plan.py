@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastvit.kernels._backend import Meta
 from fastvit.kernels._device import SHARED_MEMORY, architecture, multiprocessors
-from fastvit.kernels._hopper import hopper_problem
+from fastvit.kernels._hopper import answer, hopper_problem
 from fastvit.kernels._launch import Box, Prepared
 from fastvit.kernels._tuning import TileConfig, cdiv
 
@@ -64,9 +64,12 @@ def hopper_variant(
     """Hopper's kernel for an attention, or why the portable one runs: the table, the machine, the
     operands. `tile` is what the tuning table says, if that is known."""
     tile = tile or problem.tile()
-    if not (tile.backend in NAMES or tile.backend == "hopper"):
-        return f"the tuning table of {architecture(problem.device)} names another tile"
-    return hopper_problem(problem.device) or hopper_choice(problem, q, k, v, mask, tile)
+    if tile.backend in NAMES or tile.backend == "hopper":
+        choice = hopper_problem(problem.device) or hopper_choice(problem, q, k, v, mask, tile)
+    else:
+        where = f"for head dimension {problem.sizes[4]}"
+        choice = f"the tuning table of {architecture(problem.device)} names a portable tile {where}"
+    return answer("attention", problem.sizes, choice)
 
 
 def portable_tile(tile: TileConfig) -> TileConfig:

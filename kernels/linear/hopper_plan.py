@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastvit.kernels._backend import Meta
 from fastvit.kernels._device import SHARED_MEMORY, architecture, multiprocessors
-from fastvit.kernels._hopper import hopper_problem
+from fastvit.kernels._hopper import answer, hopper_problem
 from fastvit.kernels._launch import Box, Prepared, fits_tma, row_count, rows_of
 from fastvit.kernels._tuning import TileConfig, cdiv
 
@@ -65,11 +65,15 @@ def hopper_variant(
 ) -> Variant | str:  # fmt: skip
     """Hopper's kernel for a linear, or why another one runs: the table, the machine, the operands.
     Arguments as of `prepare`; `tile` is what the table says."""
-    if not wants_hopper(tile):
-        named = tile.backend or "another tile"
-        return f"the tuning table of {architecture(x.device)} names {named}"
-    problem = hopper_problem(x.device)
-    return problem or hopper_choice(x, weight, residual, row_scale, dtype, keep=keep, tile=tile)
+    m = row_count(x)
+    if wants_hopper(tile):
+        choice = hopper_problem(x.device) or hopper_choice(
+            x, weight, residual, row_scale, dtype, keep=keep, tile=tile
+        )
+    else:
+        named = tile.backend or "a portable tile"
+        choice = f"the tuning table of {architecture(x.device)} names {named} for M={m:,} rows"
+    return answer("linear", (m, *weight.shape), choice)
 
 
 def wants_hopper(tile: TileConfig) -> bool:

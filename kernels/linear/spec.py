@@ -49,8 +49,18 @@ _CASES = (
     _case("relu, residual", 33, 64, 80, activation="relu", residual=True),
     changed(_case("outlier channels", 130, 384, 192, activation="gelu"), _outliers),
 )
+_GPU = tuple(
+    _case(f"M={m:,}, {name}", m, k, n, **options)
+    for m in (1000, 50_432)
+    for name, k, n, options in (
+        ("gelu", 768, 1000, {"activation": "gelu"}),
+        ("residual", 768, 768, {"scale": True, "residual": True}),
+        ("residual, long sums", 3072, 768, {"residual": True}),
+    )
+)
 SPECS = (
     OpSpec(
-        "linear", linear, linear_reference, _CASES, _vit_b(1) + _vit_b(256), product_flops, _bytes
+        "linear", linear, linear_reference, _CASES, _vit_b(1) + _vit_b(256), product_flops, _bytes,
+        gpu_cases=_GPU,
     ),
-)
+)  # fmt: skip

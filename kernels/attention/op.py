@@ -24,7 +24,8 @@ def _eager(
     sin: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, longest: int,
     scale: float | None, half: bool, dropout_p: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's own attention, which wants a float mask in the query's dtype."""
+    """PyTorch's own attention, which wants a mask of two dimensions or more, floats in the query's
+    dtype."""
     together = k is None or v is None
     if k is None or v is None:
         q, k, v = unpack(q, num_heads)
@@ -41,8 +42,8 @@ def _eager(
             token = torch.arange(q.shape[2], device=q.device)
             image = torch.bucketize(token, cu_seqlens[1:], right=True)
             mask = image[:, None] == image
-        elif mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
+        elif mask is not None:
+            mask = torch.atleast_2d(mask if mask.dtype == torch.bool else mask.to(q.dtype))
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
     out = out.transpose(1, 2)
     if not together:

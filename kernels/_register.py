@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import (
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
 from torch.autograd import _profiler_enabled, forward_ad  # pyright: ignore
 from torch.utils.flop_counter import register_flop_formula
 
@@ -64,6 +69,7 @@ class Op:
     run: Callable[..., Any]
     launch: Callable[..., Any]  # kernels, from the op's arguments
     eager: Callable[..., Tensor]
+    smooth: Callable[..., Tensor]  # `eager` for derivatives of any order and mode
     opaque: bool
     overload: Any
     training: Any  # gives the output and what its backward keeps
@@ -84,8 +90,8 @@ class Op:
         that has work to do, or the plain path.
 
         The dispatcher is needed for gradients, autocast, subclasses of tensors, modes (fake
-        tensors, the FLOP counter), function transforms, forward-mode gradients, compilers, tracing
-        and profilers; and kernels run on the current device.
+        tensors, the FLOP counter), compilers, tracing and profilers; and kernels run on the current
+        device. Function transforms and forward-mode gradients take the plain path.
         """
         first, path = tensors[0], _backend._path
         if not (
@@ -125,6 +131,9 @@ class Op:
                     if not _backend.is_compile_failure(error):
                         raise  # else the dispatcher's way warns, and runs plain PyTorch
         self.check(*tensors, *options)
+        transformed = _transformed(*tensors)
+        if transformed:
+            return (self.smooth if transformed > 1 else self.eager)(*tensors, *options)
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if uses_triton(first) or (self.opaque and compiling):
             return self(*tensors, *options)
@@ -134,9 +143,9 @@ class Op:
 def define_op(
     name: str, arguments: str, check: Callable[..., None], prepare: Callable[..., Any],
     run: Callable[..., Any], *, eager: Callable[..., Tensor], fake: Callable[..., Tensor],
-    flops: Callable[..., int] = lambda *args: 0, autocast: tuple[str, ...] = (),
-    autocast_dtype: torch.dtype | None = None, gradient: Gradient | None = None,
-    opaque: bool = False,
+    smooth: Callable[..., Tensor] | None = None, flops: Callable[..., int] = lambda *args: 0,
+    autocast: tuple[str, ...] = (), autocast_dtype: torch.dtype | None = None,
+    gradient: Gradient | None = None, opaque: bool = False,
 ) -> Op:  # fmt: skip
     """Register ``fastvit::name`` and its gradient ``fastvit::name_backward``; where `gradient`
     keeps tensors also ``fastvit::name_training``, which returns the output and those.
@@ -147,6 +156,8 @@ def define_op(
         prepare, run: the op's launcher, as `prepare_and_run` calls it.
         eager: the same computation in plain PyTorch, taken where Triton does not apply, and
             differentiated where it does not apply to the gradient.
+        smooth: `eager` of functions with derivatives of any order, in forward mode too; `eager`
+            itself unless given.
         fake: returns an empty contiguous result of the right shape and dtype.
         flops: FLOPs of one forward; by default none, as where no matrices are multiplied.
         autocast: arguments cast under autocast; by default all keep their dtypes.
@@ -154,6 +165,7 @@ def define_op(
         gradient: None for an op for inference, which has none.
         opaque: `torch.compile` cannot look into `eager`.
     """
+    smooth = smooth or eager
     _LIB.define(f"{name}({arguments}) -> Tensor")
     overload = getattr(torch.ops.fastvit, name).default
     names = [argument.name for argument in overload._schema.arguments]
@@ -199,7 +211,7 @@ def define_op(
     if gradient is not None:
         kernels = gradient.forward or functools.partial(launch, keep=True)
         setup_context, backward = _define_backward(
-            name, arguments, names, tensors, kernels, eager, flops, gradient
+            name, arguments, names, tensors, kernels, eager, smooth, flops, gradient
         )
         fake_kept = gradient.fake_kept
         if gradient.kept:
@@ -212,14 +224,17 @@ def define_op(
                 lambda *args: (fake(*args), *fake_kept(*args)),
             )  # fmt: skip
     register(name, launch, plain, fake)
-    op = Op(name, check, straight, run, launch, eager, opaque, overload, training, gradient)
+    op = Op(
+        name, check, straight, run, launch, eager, smooth, opaque, overload, training, gradient
+    )  # fmt: skip
     OPS[name] = op
     return op
 
 
 def _define_backward(
     name: str, arguments: str, names: list[str], tensors: int, kernels: Callable[..., Any],
-    eager: Callable[..., Tensor], flops: Callable[..., int], gradient: Gradient,
+    eager: Callable[..., Tensor], smooth: Callable[..., Tensor], flops: Callable[..., int],
+    gradient: Gradient,
 ) -> tuple[Callable[..., None], Callable[..., Grads]]:  # fmt: skip
     """Register ``fastvit::name_backward``: (grad, the op's arguments, kept, needs). Gives what
     `torch.library.register_autograd` takes, of the op and of its training form."""
@@ -259,8 +274,10 @@ def _define_backward(
 
     _LIB.impl(backward_name, differentiate, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvit::{backward_name}", fake, lib=_LIB)
-    no_second = f"fastvit.ops.{name} has no second derivative; use FASTVIT_BACKEND=torch for one"
-    torch.library.register_autograd(f"fastvit::{backward_name}", _refusal(no_second), lib=_LIB)
+    keep_inputs, second = _define_second(smooth)
+    torch.library.register_autograd(
+        f"fastvit::{backward_name}", second, setup_context=keep_inputs, lib=_LIB
+    )
     registered = getattr(torch.ops.fastvit, backward_name)
     register_flop_formula(registered, get_raw=True)(
         lambda grad, *args, out_val, **_: int(gradient.flops * flops(*args[:-2]))
@@ -287,7 +304,11 @@ def _define_backward(
             args[i] = tensor
         wanted = ctx.needs_input_grad
         needs = [bool(need) and i not in summands for i, need in enumerate(wanted)]
-        grads = iter(differentiate_op(grad, *args, kept, needs) if any(needs) else ())
+        grads = iter(())
+        if any(needs) and _transformed(grad, *saved):
+            grads = iter(_smooth_gradients(smooth, grad, args, needs))
+        elif any(needs):
+            grads = iter(differentiate_op(grad, *args, kept, needs))
         # an op may not return what it was given, and a copy of it would cost as much as a norm
         return tuple(
             next(grads) if need else grad if i in summands and wanted[i] else None
@@ -297,11 +318,77 @@ def _define_backward(
     return setup_context, backward
 
 
+def _define_second(smooth: Callable[..., Tensor]) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """What `torch.library.register_autograd` takes, of an op's backward."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *given, kept, ctx.needs = inputs
+        ctx.kept = len(kept)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in given))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in given]
+
+    def backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+        saved = zip(ctx.saved_tensors, ctx.others, strict=True)
+        given = [other if tensor is None else tensor for tensor, other in saved]
+        wanted = ctx.needs_input_grad[: len(given)]
+
+        def gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+            return _smooth_gradients(smooth, grad, args, ctx.needs)
+
+        found = iter(_smooth_gradients(gradients, tuple(grads), given, wanted))
+        return (*(next(found) if want else None for want in wanted), [None] * ctx.kept, None)
+
+    return setup_context, backward
+
+
+def _smooth_gradients(
+    function: Callable[..., Any], grads: Any, args: Sequence[Any], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Of `function` at those `args` that need one; to be differentiated and transformed."""
+    at = [i for i, need in enumerate(needs) if need]
+
+    def of_wanted(*wanted: Tensor) -> Any:
+        return function(*(dict(enumerate(args)) | dict(zip(at, wanted, strict=True))).values())
+
+    with torch.autocast(args[0].device.type, enabled=False):  # the op's rule has cast already
+        outputs, pull_back = torch.func.vjp(of_wanted, *(args[i] for i in at))
+        return pull_back(grads.to(outputs.dtype) if isinstance(outputs, Tensor) else grads)
+
+
 def _refusal(message: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(message)
 
     return refuse
+
+
+def _transforms() -> int:
+    """0 outside of function transforms; 1 within `vmap` and one `grad`; 2 where derivatives may be
+    of a higher order or in forward mode."""
+    kinds = [level.key().name for level in get_interpreter_stack() or ()]
+    if forward_ad._current_level >= 0 or "Jvp" in kinds or kinds.count("Grad") > 1:
+        return 2
+    mapped = torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # by `is_grads_batched`
+    return int(mapped or "Grad" in kinds or "Vmap" in kinds)  # the dispatcher knows Functionalize
+
+
+# the compiler runs it while it traces, and compiles anew within other transforms
+_transforms._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _transformed(*tensors: Tensor | None) -> int:
+    """As `_transforms`, but 0 at a level of forward-mode gradients that has no tangent of these,
+    and 2 where autograd differentiates a transform of these."""
+    found = _transforms()
+    if not found or torch.compiler.is_compiling():
+        return found
+    given = [t for t in tensors if t is not None]
+    if peek_interpreter_stack() is None and forward_ad._current_level >= 0:
+        tangents = (forward_ad.unpack_dual(t).tangent for t in given)
+        return 0 if all(tangent is None for tangent in tangents) else found
+    while any(map(is_functorch_wrapped_tensor, given)):
+        given = [get_unwrapped(t) if is_functorch_wrapped_tensor(t) else t for t in given]
+    return 2 if any(t.requires_grad for t in given) else found
 
 
 def _autocast_rule(

@@ -53,6 +53,18 @@ def test_gradient_of_a_bias_is_summed_over_what_it_was_broadcast_along(triton_pa
     check(qkv(), attn_mask=drawn(*shape, seed=5).requires_grad_())
 
 
+MASKS = [(), (1,), (N,), (N, 1), (1, N), (H, N, N), (B, 1, 1, N)]
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_a_mask_broadcasts(triton_path, shape, boolean, path):
+    mask = drawn(*shape, seed=5)
+    with ops.backend(path):
+        check(qkv(), attn_mask=mask > -1 if boolean else mask)
+
+
 def test_gradient_of_a_bias_keeps_its_dtype(triton_path):
     q, k, v = (t.detach().float() for t in qkv())
     bias = drawn(H, N, N, dtype=torch.float16).requires_grad_()

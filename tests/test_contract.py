@@ -270,12 +270,3 @@ def test_an_op_for_inference_has_no_gradient_and_ignores_autocast(triton_path, s
         out = out.float()
     with pytest.raises(RuntimeError, match="for inference"):
         out.sum().backward()
-
-
-@each_trained_op
-def test_second_derivative_is_refused(triton_path, spec):
-    inputs = smallest(spec)
-    floats = [v.requires_grad_() for v in tensors(inputs).values() if v.is_floating_point()]
-    (grad,) = torch.autograd.grad(spec.op(**inputs).sum() ** 2, floats[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        grad.sum().backward()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastvit import _seen
 from fastvit.accelerate import fp8
 from fastvit.accelerate.plan import Part, PlanRow
+from fastvit.kernels._backend import uses_triton
 from fastvit.obstacles import Obstacle, global_hook, is_traced, own_forward, patched
 from fastvit.parts import Parts, Rope, run
 
@@ -73,7 +74,15 @@ class FastBlock(nn.Module):
         if not isinstance(x, Tensor) or torch._C._get_tracing_state() is not None:
             return None
         found = _seen.keep(self, look, type(self).watched)
-        return None if type(found) is Obstacle else found
+        if type(found) is Obstacle:
+            return None
+        # PyTorch's fused attention has no second derivative, and kernels are none to lose
+        plain = torch.is_grad_enabled() and not uses_triton(x)
+        return None if plain and self.spells_attention_out() else found
+
+    def spells_attention_out(self) -> bool:
+        """Whether the library's forward does without PyTorch's fused attention."""
+        return not all(getattr(module, "fused_attn", True) for module in self.modules())
 
     def run(
         self, parts: Parts, x: Tensor, mask: Tensor | None = None, rope: Rope | None = None

@@ -102,6 +102,9 @@ class FastDinoBlock(FastBlock):
 
     take_apart = take_apart
 
+    def spells_attention_out(self) -> bool:
+        return True
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """[B, N, D] to [B, N, D]."""
         parts = None if args or kwargs or _drops(self) else self.examine(x)

@@ -277,6 +277,10 @@ class FastLayer(FastBlock):
         mask = self._mask(hidden_states, given)
         return self.run(parts, hidden_states, mask, given.get("position_embeddings"))
 
+    def spells_attention_out(self) -> bool:
+        configs = (getattr(module, "config", None) for module in self.modules())
+        return any(getattr(c, "_attn_implementation", None) == "eager" for c in configs)
+
     def _mask(self, hidden_states: Tensor, given: dict[str, Any]) -> Tensor | None:
         mask = given.get("attention_mask")
         bias = getattr(self, "relative_position_bias", None)

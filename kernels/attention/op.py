@@ -4,6 +4,7 @@ One op in three forms that differ in which tensors there are: see `launch.py`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ from fastvit.kernels._checks import check_floats, check_same_dtype, check_tensor
 from fastvit.kernels._launch import wide_dtype
 from fastvit.kernels._register import Gradient, Op, define_op
 from fastvit.kernels.attention.launch import attention_backward, prepare, run, sizes_of
-from fastvit.kernels.attention.reference import rope_pairs, rotate, unpack
+from fastvit.kernels.attention.reference import (
+    attention_reference,
+    rope_pairs,
+    rotate,
+    unpack,
+)
 
 MAX_HEAD_DIM = 256
 
@@ -23,8 +29,10 @@ def _eager(
     q: Tensor, k: Tensor | None, v: Tensor | None, mask: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, longest: int,
     scale: float | None, half: bool, dropout_p: float = 0.0,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's own attention, which wants a float mask in the query's dtype."""
+    """PyTorch's own attention, which wants a mask of two dimensions or more, floats in the query's
+    dtype; or that of another `attend`."""
     together = k is None or v is None
     if k is None or v is None:
         q, k, v = unpack(q, num_heads)
@@ -34,16 +42,16 @@ def _eager(
     if cu_seqlens is not None and not torch.compiler.is_exporting():
         sizes = cu_seqlens.diff().tolist()  # one image after another
         images = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
-        done = [F.scaled_dot_product_attention(*image, scale=scale) for image in images]
+        done = [attend(*image, scale=scale) for image in images]
         out = torch.cat(done, dim=2) if done else q
     else:
         if cu_seqlens is not None:  # `torch.export` cannot loop over sizes that it does not know
             token = torch.arange(q.shape[2], device=q.device)
             image = torch.bucketize(token, cu_seqlens[1:], right=True)
             mask = image[:, None] == image
-        elif mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+        elif mask is not None:
+            mask = torch.atleast_2d(mask if mask.dtype == torch.bool else mask.to(q.dtype))
+        out = attend(q, k, v, mask, dropout_p=dropout_p, scale=scale)
     out = out.transpose(1, 2)
     if not together:
         return out
@@ -157,6 +165,7 @@ _attention, _attention_qkv, _attention_packed = (
         "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? cos, Tensor? sin, "
         "Tensor? cu_seqlens, int num_heads, SymInt longest, float? scale, bool half",
         functools.partial(_check, name), prepare, run, eager=_eager, fake=_fake, flops=_flops,
+        smooth=functools.partial(_eager, attend=attention_reference),
         opaque=name == "attention_packed",  # it loops over lengths
         autocast=("q", "k", "v"),
         gradient=Gradient(

@@ -1,5 +1,6 @@
 """The examples run, and print what their docstrings say."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -38,7 +39,8 @@ def test_every_example_is_tested():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # of its own process
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=120, resources=resources).execute()  # a cell's error raises
@@ -53,3 +55,13 @@ def test_the_notebook_is_stored_with_its_pictures():
     assert any("image/jpeg" in output.get("data", {}) for output in outputs)
     assert not any(output.output_type == "error" for output in outputs)
     assert all(cell.outputs for cell in notebook.cells[3:] if cell.cell_type == "code")
+
+
+def test_the_papers_accuracies_are_those_of_the_records():
+    text = (EXAMPLES / "paper/README.md").read_text()
+    lines = re.findall(r"^\| \[.*?\]\((.*?)/table\.md\)(.*)$", text, re.MULTILINE)
+    assert len(lines) == 6
+    for folder, line in lines:
+        record = json.loads((EXAMPLES / "paper" / folder / "results.json").read_text())
+        means = {f"{row['mean']:.1f}" for row in record["summary"]}
+        assert set(re.findall(r"(\d+\.\d) %", line)) <= means, folder

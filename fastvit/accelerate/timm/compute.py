@@ -274,7 +274,7 @@ def run_things(block: Any, found: Any, x: Tensor, mask: Tensor | None = None) ->
 
 
 def take_pool_apart(attn: Any) -> Parts | Obstacle:
-    """Those of the MLP, after the norm; and the norms of queries and keys."""
+    """`Parts` of an attention pooling: its MLP after the norm, its norms of queries and keys."""
     found = _obstacle(attn)
     if found is not None:
         return found

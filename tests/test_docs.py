@@ -129,6 +129,13 @@ def test_every_command_is_in_the_list():
     assert sorted(listed) == sorted(COMMANDS)
 
 
+def test_links_to_files_lead_somewhere():
+    """Those of the site are checked by its build."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page}: {target}"
+
+
 def test_the_readme_shows_what_explain_prints(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     fastvit.explain(fastvit.accelerate(timm.create_model("vit_base_patch16_224")))

@@ -85,7 +85,7 @@ class FastBlock(nn.Module):
         return own.run(parts, x, mask, rope).to(x.dtype)
 
     def bias(self) -> Tensor | None:
-        """Relative positions added to the attention's scores, [1, H, N, N] or [H, N, N], or None."""
+        """Relative positions added to attention's scores, [1, H, N, N] or [H, N, N], or None."""
         return None
 
 

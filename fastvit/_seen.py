@@ -104,7 +104,7 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], Any]:
 
 
 def _settings(state: dict[str, Any]) -> tuple[str, ...]:
-    """What a module keeps of its options, such as `num_heads`."""
+    """Options that a module keeps as attributes, such as `num_heads`."""
     skipped = ("_", "fastvit_")  # the latter are `accelerate`'s
     return tuple(name for name in state if not name.startswith(skipped) and name != "training")
 

@@ -74,7 +74,7 @@ class Launch:
         return (FP8_OPCODE if fp8 else MATRIX_OPCODE)[self.arch]
 
     def key(self) -> str:
-        """What the compiler sees: launches with equal keys share machine code."""
+        """The compiler's input, hashed: launches with equal keys share machine code."""
         from triton.runtime.jit import compute_cache_key
 
         use_target(self.arch)
@@ -84,7 +84,7 @@ class Launch:
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """Those of matrices and of descriptors too."""
+    """The tensors among a launch's arguments, those in matrices and descriptors too."""
     for given in arguments:
         argument = getattr(given, "base", given)
         if isinstance(argument, Tensor):
@@ -95,7 +95,7 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of one launch holds.
+    """Facts read from the machine code of one launch.
 
     `registers` are per thread (vector registers on AMD), `stack` bytes per thread, `shared` bytes
     per block, `matrix_ops` and `loop_spills` instruction counts (on AMD all spills count),
@@ -320,7 +320,7 @@ def _compile(launch: Launch) -> Compiled:
 
 
 def read_compiled(name: str, arch: str, opcode: str, kernel: Any) -> Compiled:
-    """What there is to know of a kernel that Triton compiled."""
+    """`Compiled`, read from a kernel that Triton compiled."""
     ttgir = kernel.asm["ttgir"]
     common: dict[str, Any] = {
         "kernel": name,

@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported file, and how it compares with the model.
 
     Attributes:
         path: the file.

@@ -27,7 +27,7 @@ PROBE_PENALTY = 1e-2  # of the ridge regression, over the features' mean square
 
 @dataclass(frozen=True)
 class Fp8Report:
-    """What fp8 does to features, and to the classes that a linear probe on them predicts.
+    """Effect of fp8 on features, and on the classes that a linear probe on them predicts.
 
     The probe is fitted once, to the float32 model's features of every second image, and applied to
     the features of the others from each model.

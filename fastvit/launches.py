@@ -32,7 +32,7 @@ class Stub(_launch._Ready):
         self.launches += 1
 
     def expand(self, boxes: Sequence[Box | None], arguments: tuple[Any, ...]) -> Any:
-        """As with every descriptor known."""
+        """Arguments as they are, as if every TMA descriptor were cached."""
         return arguments
 
 

@@ -215,7 +215,7 @@ def _warnings(ptx: str) -> list[str]:
 
 
 def build(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
-    """What `compile_offline` takes."""
+    """The launch and stand-in arguments of a configuration, for `compile_offline`."""
     return _BUILDERS[configuration["op"]](configuration)
 
 
@@ -377,7 +377,8 @@ def prove(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """As the module's docstring says."""
+    """Print, as JSON, what this process's triton makes of `arguments`' configurations (a JSON list),
+    or of all entries and whether each is as proven."""
     import triton
 
     held = [] if arguments else all_entries()

@@ -63,7 +63,7 @@ class Parts(NamedTuple):
     kv_heads: int | None = None  # where keys and values have fewer
     q_norm: Any = None
     k_norm: Any = None
-    norms_heads: bool = True  # those two norm each head, not all of them together
+    norms_heads: bool = True  # q_norm and k_norm take each head by itself, not all together
     scale: float | None = None  # of the scores; None for 1 / sqrt(d)
     dropout: float = 0.0  # of attention weights
     rotate_half: bool = False  # as in `ops.attention`
@@ -286,7 +286,7 @@ def apply_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def norm_in_front(norm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What `ops.mlp` takes in the place of a norm: its input and options."""
+    """Input and options of `ops.mlp`, which applies the norm itself where it can."""
     if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
         weight, bias = weights_of(norm)
         return x, {"norm_weight": weight, "norm_bias": bias, "eps": norm.eps}

@@ -44,8 +44,8 @@ class Gradient:
         forward: gives the output and the tensors that are kept for the backward, from the op's
             arguments; the op's own kernels, prepared with ``keep=True``, unless given.
         kept, fake_kept: how many tensors that is, and empty ones like them.
-        unsaved: summands of the output's shape: the backward does not read them, so they are not
-            kept, and where autograd asks, their gradient is `grad` itself.
+        unsaved: residual inputs, of the output's shape. The backward does not read them, so they
+            are not kept; their gradient is `grad` itself.
         saves_output: the output is kept too, before the others.
         flops: FLOPs of the backward over those of the forward.
     """
@@ -246,7 +246,7 @@ def _define_backward(
     )
 
     def plain(grad: Tensor, kept: Any, args: list[Any], needs: list[bool]) -> list[Tensor]:
-        # an argument that was not saved is a summand: any value has the same gradient
+        # an argument that was not saved is a residual: any value has the same gradient
         zeros = grad.new_zeros(()).expand(grad.shape)
         args = [zeros if need and a is None else a for a, need in zip(args, needs, strict=True)]
         return _differentiate(eager, grad, args, needs)

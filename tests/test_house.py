@@ -237,3 +237,18 @@ def test_works_without_triton(tmp_path):
         TRITON_INTERPRET="0",
     )
     assert printed == "(1, 1000)"
+
+
+def test_no_weights_are_unpickled():
+    """SECURITY.md: what loads a file of others says that it holds data only."""
+    safe = {"torch.load": "weights_only=True", "np.load": "allow_pickle=False"}
+    found = []
+    for path in [*(ROOT / "fastvit").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and (called := ast.unparse(node.func)) in safe:
+                found.append(called)
+                assert safe[called] in ast.unparse(node), f"{path}:{node.lineno}"
+            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "pickle.load"), (
+                path
+            )
+    assert set(found) == {*safe}

@@ -1,6 +1,8 @@
 """sdist and wheel carry the kernels and their tuning tables, and an installed wheel works."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -36,7 +38,7 @@ def test_sdist_and_wheel_carry_kernels_and_tables(built):
         wheel = set(archive.namelist())
     assert any(name.endswith("sm90.json") for name in FILES)
     inside = {f"fastvit/{name}" for name in FILES}
-    assert inside <= wheel
+    assert inside | {"fastvit/py.typed"} <= wheel
     assert inside <= sdist
     assert not {name for name in wheel if name.startswith(("kernels/", "tests/", "benchmarks/"))}
 
@@ -58,3 +60,33 @@ def test_installed_wheel_runs(built, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout
+
+
+@pytest.mark.parametrize("link", ["../kernels", None], ids=["a text file", "nothing"])
+def test_a_checkout_without_symbolic_links_says_what_to_do(tmp_path, link):
+    """As Windows and some archivers leave it."""
+    shutil.copytree(ROOT / "fastvit", tmp_path / "fastvit", ignore=lambda *_: {"kernels"})
+    if link is not None:
+        (tmp_path / "fastvit/kernels").write_text(link)
+    # an editable install of ours would find kernels in its own checkout
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
+        "import fastvit"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: fastvit/kernels is not the link to kernels/")
+    assert "git config core.symlinks true" in last
+    assert "During handling" not in done.stderr
+
+
+def test_one_version_everywhere():
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    (newest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest in (version, "Unreleased")

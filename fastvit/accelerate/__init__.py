@@ -131,7 +131,7 @@ def accelerate(
 def _quantize(
     model: nn.Module, parts: list[Part], precision: str, calibration: Any
 ) -> dict[nn.Module, fp8.Quantized]:
-    """What blocks are given for ``precision="fp8"``; nothing for any other."""
+    """The e4m3 form of each block for ``precision="fp8"``; nothing for any other."""
     if precision != "fp8":
         if calibration is not None:
             raise ValueError(f"calibration is for precision='fp8', not {precision!r}")

@@ -70,7 +70,7 @@ class FastBlock(nn.Module):
     watched: ClassVar[Callable[[Any], Iterable[_seen.Watched]]] = staticmethod(no_more)
 
     def examine(self, x: object) -> Any:
-        """What `run` takes, or None where the library's forward is to."""
+        """The `Parts` for `run`, or None where the library's own forward has to run."""
         if not isinstance(x, Tensor) or torch._C._get_tracing_state() is not None:
             return None
         found = _seen.keep(self, look, type(self).watched)
@@ -94,7 +94,7 @@ class FastBlock(nn.Module):
         return own.run(parts, x, mask, rope).to(x.dtype)
 
     def bias(self) -> Tensor | None:
-        """What the block adds to its attention's scores."""
+        """Relative positions added to attention's scores, [1, H, N, N] or [H, N, N], or None."""
         return None
 
 

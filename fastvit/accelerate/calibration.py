@@ -26,7 +26,7 @@ MARGIN = 1.5  # room for images with larger values than those seen; e4m3 loses n
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the linears of a model's blocks take their inputs to be in e4m3.
+    """The largest input of each linear in a model's blocks, which gives its scale in e4m3.
 
     Attributes:
         largest: by the name of a linear, the largest absolute value of its input.
@@ -57,7 +57,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """What `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -153,7 +153,7 @@ def _class_and_fp8(block: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
 
 
 def quantizable(model: nn.Module, parts: list[Part]) -> dict[str, Part]:
-    """Those of `parts`, which `find_parts` gave for `model`, that can have e4m3 linears, by name.
+    """The blocks that can have e4m3 linears, by name, of the `parts` that `find_parts` gave.
 
     Raises:
         ValueError: there is none.

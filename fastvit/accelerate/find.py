@@ -1,4 +1,4 @@
-"""What the files of all libraries know inside a model."""
+"""The modules of a model that a library's file knows."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ _own_capture: ContextVar[bool] = ContextVar("own_capture", default=False)
 
 @contextlib.contextmanager
 def own_capture() -> Iterator[None]:
-    """Within, a CUDA graph is captured whose owner refreshes derived weights before a replay."""
+    """A with-block around the capture of a CUDA graph by its `Graphs`, which refreshes derived
+    weights before each replay: blocks may use e4m3 weights here, as in no other capture."""
     token = _own_capture.set(True)
     try:
         yield
@@ -77,8 +78,8 @@ def can_quantize(parts: Parts) -> bool:
 
 
 class Quantized:
-    """What one block keeps for inference: all its linears in e4m3, weights with a scale for each
-    row, activations with one that was calibrated; quantised by the norm, the activation or a small
+    """The e4m3 form of one block, for inference: weights of all its linears with a scale for each
+    row, activations with one calibrated scale; quantised by the norm, the activation or a small
     kernel before. The residual stream keeps a half dtype: that of the block's input, bfloat16 for
     wider ones. Copies and pickles keep no derived weights.
 
@@ -136,7 +137,7 @@ class Quantized:
         )  # fmt: skip
 
     def _hidden(self, parts: Parts, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What fc2 takes, in e4m3, of what fc1 does."""
+        """fc2's input in e4m3, [..., hidden]: fc1, its activation and gate."""
         out_scale, weights = self.scales["mlp.fc2"], weights_of(parts.fc1)
         options: dict[str, Any] = {"activation": parts.activation, "dtype": dtype}
         if parts.gate is not None:
@@ -200,7 +201,7 @@ class Watch:
     def run(
         self, parts: Parts, x: Tensor, mask: Tensor | None = None, rope: Rope | None = None
     ) -> Tensor:
-        """As `parts.run`, one layer after another."""
+        """[B, N, D] to [B, N, D], as `parts.run`, layer by layer."""
         h = self._seen("attn.qkv", apply_norm(parts.norm1, x))
         out = self._seen("attn.proj", whole.attend_normed(parts, h, mask, rope))
         x = whole.add_attention(parts, out, x)
@@ -241,7 +242,7 @@ QuantizedSequential.__name__ = "Sequential"  # by which users find it
 
 
 def _parts_to_run(block: Any, x: Tensor) -> Parts | None:
-    """Those of a block that needs not be called by itself: it may run in e4m3 and has no hook."""
+    """The `Parts` of a block that may run in e4m3 and has no hook; None of any other."""
     state = block.__dict__
     own = state.get(QUANTIZED)
     if (

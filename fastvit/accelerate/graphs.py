@@ -114,7 +114,7 @@ def _fresh_workspaces() -> Iterator[None]:
 
 
 class Snapshot:
-    """What the forward of a model depends on, beside its input and PyTorch's settings.
+    """State that a model's forward depends on, beside its input and PyTorch's settings.
 
     It does not keep the model, whose attribute leads to it: one that is deleted is freed at once.
     """

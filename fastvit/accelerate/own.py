@@ -48,7 +48,7 @@ class QuantizedBlock(FastBlock, Block):
         return self.attn.add_rel_pos(None)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """As `Block`'s."""
+        """[B, N, D] to [B, N, D], as `Block.forward`."""
         parts = self.examine(x)
         if parts is None:
             return super().forward(x, attn_mask)

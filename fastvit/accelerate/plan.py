@@ -1,4 +1,4 @@
-"""What of a model runs on our kernels, and why the rest does not."""
+"""The plan of a model: what runs on our kernels, and why the rest does not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `explain` prints.
+    """The plan that `explain` prints: what runs, module by module.
 
     Attributes:
         rows: one for every module that could be fused or that stands where such a one might.

@@ -27,7 +27,7 @@ SCALED = "torch._scaled_mm alone"
 
 
 def backend_for(device: torch.device) -> str:
-    """What our ops are timed on: Triton where this GPU runs it, else plain PyTorch."""
+    """The backend that our ops are timed on: Triton where this GPU runs it, else plain PyTorch."""
     return "triton" if device.type == "cuda" and gpu_problem() is None else "torch"
 
 

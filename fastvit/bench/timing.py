@@ -156,7 +156,7 @@ def rotating(
 
 
 def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches now.
+    """The roof: rates that this machine reaches now.
 
     Returns:
         FLOP/s of a large matmul and bytes/s of a large copy; on a GPU also the seconds of a launch

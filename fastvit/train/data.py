@@ -105,7 +105,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a step gets.
+    """Images and targets of one step.
 
     Args:
         images: [B, C, H, W]; uint8 from the loader, float32 and normalised in a step.

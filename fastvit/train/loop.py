@@ -49,7 +49,7 @@ class Interrupted(RuntimeError):
 
 @dataclass
 class Result:
-    """What a training gave.
+    """Result of a training.
 
     Args:
         model: the one passed in, trained; without DDP around it.

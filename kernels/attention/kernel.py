@@ -53,7 +53,7 @@ class Rope(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What differs from call to call; of packed images N = M is T, and B is 1."""
+    """Sizes, which differ from call to call; of packed images N = M is T, and B is 1."""
 
     H: Any
     N: Any
@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a kernel is compiled for; a tl.constexpr."""
+    """Constants that a kernel is compiled for; a tl.constexpr."""
 
     scale: float
     half: bool  # channel i turns with i + D/2, else 2 i with 2 i + 1
@@ -91,8 +91,8 @@ def find_block(cu_ptr, sizes, tokens, BLOCK: tl.constexpr):
     """The place of a program, of those that do BLOCK of `tokens` (N or M) each. Blocks of one head
     run next to one another and share its keys and values in L2.
 
-    Of packed images (cu_ptr [images + 1]: where each begins, then T) image i gets the blocks from
-    cu[i] // BLOCK + i on: enough for its tokens, and at most one more, which finds 0 tokens.
+    Of packed images (cu_ptr [images + 1]: first token of each, then T) image i has the blocks from
+    cu[i] // BLOCK + i on. BLOCK 4, images of 4, 5, 6 tokens: 0 1 | 2 3 | 4 5, and 1 has no tokens.
     """
     pid = tl.program_id(0)
     if cu_ptr is None:

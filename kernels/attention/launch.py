@@ -38,7 +38,7 @@ Sides = tuple[Strides, Strides, Strides]
 
 
 class Options(NamedTuple):
-    """What else an attention is given."""
+    """Optional inputs of an attention."""
 
     num_heads: int  # of q without k and v, else not read
     longest: int  # tokens of the longest packed image, for the choice of tiles; 0 for the mean

@@ -101,7 +101,7 @@ def _norm_obstacle(norm: Any, kind: type[nn.Module]) -> Obstacle | None:
 
 
 def _ops_of(block: nn.Module) -> str:
-    """What a block or an attention pooling runs, as far as its parts decide that."""
+    """Names of our ops that a block or an attention pooling runs, by its layers' classes."""
     found = {type(module) for module in block.modules()}
     layers = dict(block.named_modules())
     norms = sorted({_norm_op(kind) for kind in found & structure.NORM})

@@ -159,7 +159,7 @@ def _difference(parts: Parts, attn: Any, qkv: Tensor, attn_mask: Tensor | None) 
 
 
 def relative_bias(attn: Any, shared: Tensor | None) -> Tensor | None:
-    """What attention with relative positions adds to its scores: [1, H, N, N] or [H, N, N]."""
+    """Relative positions, added to attention's scores: [1, H, N, N] or [H, N, N]."""
     if hasattr(attn, "rel_pos"):
         return shared if attn.rel_pos is None else attn.rel_pos.get_bias()
     if attn.relative_position_bias_table is None:
@@ -274,7 +274,7 @@ def run_things(block: Any, found: Any, x: Tensor, mask: Tensor | None = None) ->
 
 
 def take_pool_apart(attn: Any) -> Parts | Obstacle:
-    """Those of the MLP, after the norm; and the norms of queries and keys."""
+    """`Parts` of an attention pooling: its MLP after the norm, its norms of queries and keys."""
     found = _obstacle(attn)
     if found is not None:
         return found

@@ -88,7 +88,7 @@ def embed_tokens(vit: Any, x: Tensor, *prefix: Tensor | None) -> Tensor | None:
 
 
 def pixels_of(embed: Any, images: Tensor) -> Tensor | None:
-    """What to cut into patches, or None where timm's own forward is to pad, crop or object."""
+    """Images to cut into patches, or None where timm's own forward has to pad, crop or object."""
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4:
         return None
     height, width = images.shape[2:]

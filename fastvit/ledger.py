@@ -377,8 +377,8 @@ def prove(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print, as JSON, what this process's triton makes of `arguments`' configurations (a JSON list),
-    or of all entries and whether each is as proven."""
+    """Print, as JSON, what this process's triton makes of the configurations in `arguments` (a JSON
+    list), or of all entries and whether each is as proven."""
     import triton
 
     held = [] if arguments else all_entries()

@@ -149,9 +149,9 @@ def _run_first(prepared: Prepared, tensors: tuple[Tensor | None, ...]) -> None:
         run(prepared, *tensors)
         return
     if _backend.current_path() == "interpret":
-        from fastvit.kernels import _interpreter
+        from fastvit import interpreter
 
-        _interpreter.install_bfloat16()
+        interpreter.install_bfloat16()
     tile = prepared.tile
     try:
         compiled = prepared.kernel[(prepared.programs,)](

@@ -15,12 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    get_interpreter_stack,
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    peek_interpreter_stack,
-)
+from torch._C import _functorch
 from torch.autograd import _profiler_enabled, forward_ad  # pyright: ignore
 from torch.utils.flop_counter import register_flop_formula
 
@@ -102,7 +97,7 @@ class Op:
             or torch._C._is_any_autocast_enabled()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
-            or peek_interpreter_stack() is not None
+            or _functorch.peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None
             or _profiler_enabled()
@@ -365,7 +360,7 @@ def _refusal(message: str) -> Callable[..., Any]:
 def _transforms() -> int:
     """0 outside of function transforms; 1 within `vmap` and one `grad`; 2 where derivatives may be
     of a higher order or in forward mode."""
-    kinds = [level.key().name for level in get_interpreter_stack() or ()]
+    kinds = [level.key().name for level in _functorch.get_interpreter_stack() or ()]
     if forward_ad._current_level >= 0 or "Jvp" in kinds or kinds.count("Grad") > 1:
         return 2
     mapped = torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # by `is_grads_batched`
@@ -383,11 +378,14 @@ def _transformed(*tensors: Tensor | None) -> int:
     if not found or torch.compiler.is_compiling():
         return found
     given = [t for t in tensors if t is not None]
-    if peek_interpreter_stack() is None and forward_ad._current_level >= 0:
+    if _functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0:
         tangents = (forward_ad.unpack_dual(t).tangent for t in given)
         return 0 if all(tangent is None for tangent in tangents) else found
-    while any(map(is_functorch_wrapped_tensor, given)):
-        given = [get_unwrapped(t) if is_functorch_wrapped_tensor(t) else t for t in given]
+    while any(map(_functorch.is_functorch_wrapped_tensor, given)):
+        given = [
+            _functorch.get_unwrapped(t) if _functorch.is_functorch_wrapped_tensor(t) else t
+            for t in given
+        ]
     return 2 if any(t.requires_grad for t in given) else found
 
 

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvit.kernels import _interpreter
+from fastvit import interpreter
 
-_interpreter.install_bfloat16()
+interpreter.install_bfloat16()
 
 
 def bf16_bits(x: torch.Tensor) -> np.ndarray:
@@ -20,11 +20,11 @@ def test_narrow_rounds_to_nearest_even():
     high = np.arange(0, 1 << 16, dtype=np.uint32) << 16
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
     values = (high[:, None] | low[None, :]).reshape(-1).view(np.float32)
-    ours = _interpreter.narrow(values)
+    ours = interpreter.narrow(values)
     truth = bf16_bits(torch.from_numpy(values))
     nan = np.isnan(values)
     np.testing.assert_array_equal(ours[~nan], truth[~nan])
-    assert np.isnan(_interpreter.widen(ours[nan])).all()
+    assert np.isnan(interpreter.widen(ours[nan])).all()
 
 
 @triton.jit

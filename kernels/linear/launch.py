@@ -17,25 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvit.kernels import _launch
 from fastvit.kernels._backend import Meta, prepare_and_run
 from fastvit.kernels._device import architecture, cached
 from fastvit.kernels._hopper import refuse
-from fastvit.kernels._launch import (
-    Box,
-    Prepared,
-    accumulator,
-    as_rows,
-    as_vector,
-    fits_tma,
-    idle,
-    is_packed,
-    maker,
-    packed_rows,
-    product_precision,
-    row_count,
-    rows_of,
-)
-from fastvit.kernels._launch import run as run_kernel
+from fastvit.kernels._launch import Box, Prepared, maker, row_count, rows_of
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear.reference import finish_reference, linear_reference
@@ -74,8 +60,8 @@ def prepare(
 
     n = weight.shape[0]
     dtype = dtype or result_dtype(x, scale, residual)
-    residual_strides = packed_rows(residual, n)
-    copies = not is_packed(bias, scale, row_scale) or None in (rows_of(x), residual_strides)
+    residual_strides = _launch.packed_rows(residual, n)
+    copies = not _launch.is_packed(bias, scale, row_scale) or None in (rows_of(x), residual_strides)
     y = Linear(None, (*x.shape[:-1], n), dtype, activation, keep, copies)
     if 0 in y.shape:
         return y
@@ -112,18 +98,18 @@ def run(
 ) -> Any:  # fmt: skip
     """y, or with `keep` (y, what goes into the activation)."""
     shape, keep = prepared.shape, prepared.keep
-    if prepared.launch is None and not idle():
+    if prepared.launch is None and not _launch.idle():
         pre = linear_reference(x, weight, bias)
         y = finish_reference(pre, prepared.activation, scale, residual, row_scale)
         y = y.to(prepared.dtype).contiguous()
         return (y, pre) if keep else y
     if prepared.copies:
-        x, residual = x.reshape(-1, x.shape[-1]), as_rows(residual)
-        bias, scale, row_scale = map(as_vector, (bias, scale, row_scale))
+        x, residual = x.reshape(-1, x.shape[-1]), _launch.as_rows(residual)
+        bias, scale, row_scale = map(_launch.as_vector, (bias, scale, row_scale))
     y = torch.empty(shape, dtype=prepared.dtype, device=x.device)
     pre = torch.empty(shape, dtype=x.dtype, device=x.device) if keep else None
     if prepared.launch is not None:
-        run_kernel(prepared.launch, x, weight, bias, scale, residual, row_scale, y, pre)
+        _launch.run(prepared.launch, x, weight, bias, scale, residual, row_scale, y, pre)
     return (y, pre) if keep else y
 
 
@@ -160,7 +146,7 @@ def portable_tile(
         tile = replace(tile, backend=tile.backend.removeprefix("hopper").lstrip())
     if tile.backend == "cublas" and fallback is not None:
         tile = fallback
-    if tile.backend == "tma" and not (fits_tma(x) and fits_tma(weight)):
+    if tile.backend == "tma" and not (_launch.fits_tma(x) and _launch.fits_tma(weight)):
         tile = PORTABLE_TILE
     return tile
 
@@ -180,8 +166,8 @@ def prepare_product(
     matrix, tma = maker(Matrix), tile.backend == "tma"
     constants = (
         m, n, k, epilogue, activation, "rows" if tma else "",
-        product_precision(x.dtype, precision), accumulator(x.dtype), k % tile.BLOCK_K == 0,
-        tile.subtiles, GROUP_M, tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K,
+        _launch.product_precision(x.dtype, precision), _launch.accumulator(x.dtype),
+        k % tile.BLOCK_K == 0, tile.subtiles, GROUP_M, tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K,
     )  # fmt: skip
 
     def by_pointers(x: Tensor, weight: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvit.kernels import _launch
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, prepare_and_run
 from fastvit.kernels._device import architecture, cached, multiprocessors
-from fastvit.kernels._launch import Prepared, accumulator, idle, product_precision, wide_dtype
-from fastvit.kernels._launch import run as run_kernel
+from fastvit.kernels._launch import Prepared, accumulator, fits_tma, product_precision, wide_dtype
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.linear import launch as forward
 
@@ -97,7 +97,7 @@ def pre_gradient(
         scale = None if scale is None else scale.contiguous()
         row_scale = None if row_scale is None else row_scale.reshape(-1)
         tensors = (g, pre, scale, row_scale, out, hidden, sums, scale_sums)
-        run_kernel(_prepare_pass(*describe(*tensors), activation, dtype), *tensors)
+        _launch.run(_prepare_pass(*describe(*tensors), activation, dtype), *tensors)
     return PreGradient(
         g if out is None else out, sums.sum(0), None if scale_sums is None else scale_sums.sum(0)
     )
@@ -145,7 +145,7 @@ def hidden_gradient(
         return out.grad, hidden
     out = torch.empty_like(pre, dtype=g.dtype)
     if out.numel():
-        run_kernel(launch, *tensors, out, hidden)
+        _launch.run(launch, *tensors, out, hidden)
     return out, hidden
 
 
@@ -216,13 +216,13 @@ def _weight_product(g: Tensor, x: Tensor, wants_sums: bool) -> tuple[Tensor, Ten
     """G^T x in parts [S, N, K] of which it is the sum, and G's column sums [N] if wanted."""
     launch, split, rows = _prepare_weight_product(*describe(g, x), matmul_precision(), wants_sums)
     if launch is None:
-        g, x = (g[:0], x[:0]) if idle() else (g, x)
+        g, x = (g[:0], x[:0]) if _launch.idle() else (g, x)
         sums = pre_gradient(g, g.dtype, only_sums=True).sums if wants_sums else None
         return _plain_product(g, x)[None], sums
     n = g.shape[1]
     partial = g.new_empty(split, n, x.shape[1], dtype=wide_dtype(g.dtype))
     sums = g.new_empty(rows, n, dtype=torch.float64) if wants_sums else None
-    run_kernel(launch, g, x, partial, sums)
+    _launch.run(launch, g, x, partial, sums)
     return partial, None if sums is None else sums.sum(0)
 
 
@@ -240,7 +240,7 @@ def _prepare_weight_product(
     tile = lookup("linear_backward", architecture(g.device), g.dtype, M=n, N=k, K=m)
     if tile.backend == "cublas":
         return None, 1, 0
-    if tile.backend == "tma" and not (forward.fits_tma(g) and forward.fits_tma(x)):
+    if tile.backend == "tma" and not (fits_tma(g) and fits_tma(x)):
         tile = forward.PORTABLE_TILE
     rows, cols, depth = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K
     tiles_k = cdiv(k, cols)
@@ -286,7 +286,7 @@ def _weight_gradient(
         bias = sums = None
     bias, scale = (None if t is None else t.to(partial.dtype).contiguous() for t in (bias, scale))
     tensors = (partial, weight, bias, scale, sums, dw, dscale)
-    run_kernel(_prepare_weight_gradient(*describe(*tensors)), *tensors)
+    _launch.run(_prepare_weight_gradient(*describe(*tensors)), *tensors)
     return dw, dscale
 
 

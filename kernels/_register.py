@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import (
-    get_interpreter_stack,
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    peek_interpreter_stack,
-)
+    get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor, peek_interpreter_stack,
+)  # fmt: skip
 from torch.autograd import _profiler_enabled, forward_ad  # pyright: ignore
 from torch.utils.flop_counter import register_flop_formula
 
@@ -252,7 +249,8 @@ def _define_backward(
         # a kernel runs below autograd: let autograd see this part again
         exclude = torch._C._dispatch_tls_local_exclude_set()
         exclude = exclude.remove(torch._C.DispatchKey.AutogradFunctionality)
-        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
+        include = torch._C._dispatch_tls_local_include_set()
+        with torch._C._ForceDispatchKeyGuard(include, exclude):
             return [g.contiguous() for g in _gradients(eager, grad, args, needs)]
 
     def launch(grad: Tensor, kept: Any, args: list[Any], needs: list[bool]) -> list[Any]:
@@ -348,9 +346,12 @@ def _transformed(*tensors: Tensor | None) -> int:
     if peek_interpreter_stack() is None and forward_ad._current_level >= 0:
         tangents = (forward_ad.unpack_dual(t).tangent for t in given)
         return 0 if all(tangent is None for tangent in tangents) else found
-    while any(map(is_functorch_wrapped_tensor, given)):
-        given = [get_unwrapped(t) if is_functorch_wrapped_tensor(t) else t for t in given]
-    return 2 if any(t.requires_grad for t in given) else found
+    return 2 if any(_base(t).requires_grad for t in given) else found
+
+
+def _base(x: Tensor) -> Tensor:
+    """`x` outside of function transforms."""
+    return _base(get_unwrapped(x)) if is_functorch_wrapped_tensor(x) else x
 
 
 def _autocast_rule(
@@ -382,5 +383,5 @@ def _gradients(
         return function(*(dict(enumerate(args)) | dict(zip(at, wanted, strict=True))).values())
 
     with torch.autocast(grad.device.type, enabled=False):
-        output, pull_back = torch.func.vjp(of_wanted, *(args[i] for i in at))
+        output, pull_back, *_ = torch.func.vjp(of_wanted, *(args[i] for i in at))
         return pull_back(grad.to(output.dtype))

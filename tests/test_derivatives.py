@@ -2,6 +2,7 @@
 transforms, batched. All are those of the reference, to float64's rounding."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastvit.kernels.specs import all_specs
 
 SPECS = {name: spec for name, spec in all_specs().items() if not spec.inference}
 
-autograd = functools.partial(
+autograd: Any = functools.partial(
     torch.autograd.grad, allow_unused=True, materialize_grads=True, retain_graph=True
 )
 

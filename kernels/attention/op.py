@@ -15,12 +15,7 @@ from fastvit.kernels._checks import check_floats, check_same_dtype, check_tensor
 from fastvit.kernels._launch import wide_dtype
 from fastvit.kernels._register import Gradient, Op, define_op
 from fastvit.kernels.attention.launch import attention_backward, prepare, run, sizes_of
-from fastvit.kernels.attention.reference import (
-    attention_reference,
-    rope_pairs,
-    rotate,
-    unpack,
-)
+from fastvit.kernels.attention.reference import attention_reference, rope_pairs, rotate, unpack
 
 MAX_HEAD_DIM = 256
 

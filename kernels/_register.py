@@ -244,7 +244,12 @@ def _define_backward(
         # an argument that was not saved is a residual: any value has the same gradient
         zeros = grad.new_zeros(()).expand(grad.shape)
         args = [zeros if need and a is None else a for a, need in zip(args, needs, strict=True)]
-        return _differentiate(eager, grad, args, needs)
+        # a kernel runs below autograd: let autograd see this part again
+        exclude = torch._C._dispatch_tls_local_exclude_set()
+        exclude = exclude.remove(torch._C.DispatchKey.AutogradFunctionality)
+        include = torch._C._dispatch_tls_local_include_set()
+        with torch._C._ForceDispatchKeyGuard(include, exclude):
+            return [g.contiguous() for g in _gradients(eager, grad, args, needs)]
 
     def launch(grad: Tensor, kept: Any, args: list[Any], needs: list[bool]) -> list[Any]:
         grads = gradient.backward(grad, kept, args, needs)
@@ -269,10 +274,6 @@ def _define_backward(
 
     _LIB.impl(backward_name, differentiate, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvit::{backward_name}", fake, lib=_LIB)
-    keep_inputs, second = _define_second(smooth)
-    torch.library.register_autograd(
-        f"fastvit::{backward_name}", second, setup_context=keep_inputs, lib=_LIB
-    )
     registered = getattr(torch.ops.fastvit, backward_name)
     register_flop_formula(registered, get_raw=True)(
         lambda grad, *args, out_val, **_: int(gradient.flops * flops(*args[:-2]))
@@ -299,11 +300,10 @@ def _define_backward(
             args[i] = tensor
         wanted = ctx.needs_input_grad
         needs = [bool(need) and i not in summands for i, need in enumerate(wanted)]
-        grads = iter(())
-        if any(needs) and _transformed(grad, *saved):
-            grads = iter(_smooth_gradients(smooth, grad, args, needs))
-        elif any(needs):
-            grads = iter(differentiate_op(grad, *args, kept, needs))
+        if torch.is_grad_enabled() or _transformed(grad, *saved):
+            grads = iter(_gradients(smooth, grad, args, needs))  # to be differentiated, or mapped
+        else:
+            grads = iter(differentiate_op(grad, *args, kept, needs) if any(needs) else ())
         # an op may not return what it was given, and a copy of it would cost as much as a norm
         return tuple(
             next(grads) if need else grad if i in summands and wanted[i] else None
@@ -311,43 +311,6 @@ def _define_backward(
         )
 
     return setup_context, backward
-
-
-def _define_second(smooth: Callable[..., Tensor]) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """What `torch.library.register_autograd` takes, of an op's backward."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *given, kept, ctx.needs = inputs
-        ctx.kept = len(kept)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in given))
-        ctx.others = [None if isinstance(x, Tensor) else x for x in given]
-
-    def backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-        saved = zip(ctx.saved_tensors, ctx.others, strict=True)
-        given = [other if tensor is None else tensor for tensor, other in saved]
-        wanted = ctx.needs_input_grad[: len(given)]
-
-        def gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-            return _smooth_gradients(smooth, grad, args, ctx.needs)
-
-        found = iter(_smooth_gradients(gradients, tuple(grads), given, wanted))
-        return (*(next(found) if want else None for want in wanted), [None] * ctx.kept, None)
-
-    return setup_context, backward
-
-
-def _smooth_gradients(
-    function: Callable[..., Any], grads: Any, args: Sequence[Any], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """Of `function` at those `args` that need one; to be differentiated and transformed."""
-    at = [i for i, need in enumerate(needs) if need]
-
-    def of_wanted(*wanted: Tensor) -> Any:
-        return function(*(dict(enumerate(args)) | dict(zip(at, wanted, strict=True))).values())
-
-    with torch.autocast(args[0].device.type, enabled=False):  # the op's rule has cast already
-        outputs, pull_back = torch.func.vjp(of_wanted, *(args[i] for i in at))
-        return pull_back(grads.to(outputs.dtype) if isinstance(outputs, Tensor) else grads)
 
 
 def _refusal(message: str) -> Callable[..., Any]:
@@ -381,12 +344,12 @@ def _transformed(*tensors: Tensor | None) -> int:
     if _functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0:
         tangents = (forward_ad.unpack_dual(t).tangent for t in given)
         return 0 if all(tangent is None for tangent in tangents) else found
-    while any(map(_functorch.is_functorch_wrapped_tensor, given)):
-        given = [
-            _functorch.get_unwrapped(t) if _functorch.is_functorch_wrapped_tensor(t) else t
-            for t in given
-        ]
-    return 2 if any(t.requires_grad for t in given) else found
+    return 2 if any(_base(t).requires_grad for t in given) else found
+
+
+def _base(x: Tensor) -> Tensor:
+    """`x` outside of function transforms."""
+    return _base(_functorch.get_unwrapped(x)) if _functorch.is_functorch_wrapped_tensor(x) else x
 
 
 def _autocast_rule(
@@ -408,20 +371,15 @@ def _autocast_rule(
     return rule
 
 
-def _differentiate(
-    function: Callable[..., Tensor], grad: Tensor, args: list[Any], needs: list[bool]
-) -> list[Tensor]:
-    """Gradients of `function` at `args` for those inputs that need one."""
-    # a kernel runs below autograd: let autograd see this part again
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    exclude = exclude.remove(torch._C.DispatchKey.AutogradFunctionality)
-    include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        leaves = [
-            arg.detach().requires_grad_(need) if isinstance(arg, Tensor) else arg
-            for arg, need in zip(args, needs, strict=True)
-        ]
-        output = function(*leaves)
-        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-        grads = torch.autograd.grad(output, wanted, grad.to(output.dtype))
-    return [g.contiguous() for g in grads]
+def _gradients(
+    function: Callable[..., Tensor], grad: Tensor, args: Sequence[Any], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Of `function` at those `args` that need one; outside of autocast, whose rule has cast."""
+    at = [i for i, need in enumerate(needs) if need]
+
+    def of_wanted(*wanted: Tensor) -> Tensor:
+        return function(*(dict(enumerate(args)) | dict(zip(at, wanted, strict=True))).values())
+
+    with torch.autocast(grad.device.type, enabled=False):
+        output, pull_back, *_ = torch.func.vjp(of_wanted, *(args[i] for i in at))
+        return pull_back(grad.to(output.dtype))

@@ -7,6 +7,7 @@ Kernels run in the interpreter, in float64 where the arithmetic (not its roundin
 import functools
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,18 @@ def test_a_mask_broadcasts(triton_path, shape, boolean, path):
     mask = drawn(*shape, seed=5)
     with ops.backend(path):
         check(qkv(), attn_mask=mask > -1 if boolean else mask)
+
+
+@pytest.mark.parametrize("along", [0, 1])
+def test_a_mask_of_more_elements_than_32_bits_count(triton_path, along):
+    """Its rows, or its columns, lie 2^25 elements apart; unwritten memory costs nothing."""
+    n, apart = 66, 2**25
+    memory = torch.from_numpy(np.zeros((n - 1) * apart + n, dtype=bool))
+    mask = memory.as_strided((n, n), (apart, 1) if along == 0 else (1, apart))
+    mask.copy_(drawn(n, n, seed=5) > 0)
+    inputs = [drawn(1, 1, n, D, seed=i).requires_grad_() for i in range(3)]
+    ours = gradients(ops.attention, inputs, attn_mask=mask)
+    assert_close(ours, gradients(attention_reference, inputs, attn_mask=mask.contiguous()))
 
 
 def test_gradient_of_a_bias_keeps_its_dtype(triton_path):

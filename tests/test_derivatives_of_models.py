@@ -39,10 +39,10 @@ def spelled_out(case: Case) -> Case:
 
 
 def loss(case: Case, model: Any, weights: Any, x: Tensor) -> Tensor:
-    by_name = not isinstance(case.inputs, Tensor)
-    given: Any = {**case.inputs, "pixel_values": x} if by_name else (x,)
-    options = ((), given) if by_name else (given,)
-    return tensors(functional_call(model, weights, *options))[0].square().mean()
+    given: Any = ((x,),)
+    if not isinstance(case.inputs, Tensor):
+        given = (), {**case.inputs, "pixel_values": x}
+    return tensors(functional_call(model, weights, *given))[0].square().mean()
 
 
 def private_training(case: Case, model: Any) -> Any:

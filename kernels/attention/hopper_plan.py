@@ -126,6 +126,8 @@ def _problem(
             return f"{name}'s rows do not start at multiples of 16 bytes, each at one of its own"
     if problem.mask is not None and problem.mask[-1] != 1 and keys > 1:
         return "the mask's values of one query do not lie side by side"
+    if problem.mask is not None and (problem.sizes[2] - 1) * problem.mask[3] + keys > 2**31:
+        return "the mask of one head has more elements than 32 bits count"
     return None
 
 

@@ -244,7 +244,7 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     there = {"x", "weight", "factor", "y", *configuration["operands"]}
     metas, tensors = {}, {}
     for name, shape in shapes.items():
-        kind = kinds.get(name, dtype)
+        kind = kinds.get(name) or dtype
         metas[name] = packed(kind, shape, device) if name in there else None
         tensors[name] = torch.empty(shape, dtype=kind, device=device) if name in there else None
     keep = "pre" in there

@@ -52,7 +52,7 @@ ROOMS = {
         {"_backend", "_checks", "_device", "_launch", "_register", "_tuning"},
         {"launch", "op", "reference"},
     ),
-    "spec": ({"_spec"}, {"op", "reference", "spec"}),
+    "spec": ({"_hopper_cases", "_spec"}, {"op", "reference", "spec"}),
     "reference": (set(), {"reference"}),
 }  # fmt: skip
 FORMS = {

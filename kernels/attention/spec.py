@@ -111,6 +111,7 @@ _QKV_CASES = (
 _QKV_BENCH = (
     _qkv_case("ViT-B 224, batch 1", 1, 12, 197, 64),
     _qkv_case("ViT-B 224, batch 256", 256, 12, 197, 64),
+    _qkv_case("DINOv3-B 224, batch 1", 1, 12, 201, 64, rope="half"),
     _qkv_case("DINOv3-B 224, batch 256", 256, 12, 201, 64, rope="half"),
 )
 _PACKED_CASES = (

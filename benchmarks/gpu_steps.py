@@ -150,7 +150,7 @@ def proof_items(settings: Settings) -> dict[str, Item]:
             return {"configuration": ledger.configuration_of(spec, case, dtype)}
         entry = ledger.prove(spec, case, dtype, settings.device, settings.seed)
         if entry is None:
-            return {"skipped": f"{case.name} takes none of Hopper's kernels, or has a mask"}
+            return {"skipped": f"{case.name}: not one Hopper kernel, or one with a mask"}
         op = entry["configuration"]["op"]
         ledger.record(settings.out / f"proven_{op}.json", [entry])
         return {"configuration": entry["configuration"], **entry["proof"]["numerics"][0]}

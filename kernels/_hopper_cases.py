@@ -26,13 +26,18 @@ ATTENTION: tuple[tuple[Any, ...], ...] = (
     ("N=577, d=72, bias per head", 8, 4, 577, 72, {"mask": "bias"}),
     ("1,370 queries, 577 keys", 4, 6, 1370, 64, {"m": 577}),
 )
-# the same of packed qkv: every kind of kernel, every way to split keys and channels
-QKV: tuple[tuple[Any, ...], ...] = tuple(
-    (f"N={n}, d={d}, batch {b}", b, h, n, d)
-    for b, h, n, d in (
-        (1, 12, 197, 64), (64, 12, 197, 64), (64, 12, 257, 64), (64, 16, 256, 72),
-        (16, 12, 577, 64), (4, 4, 577, 128), (4, 12, 1370, 64), (4, 4, 1370, 88),
-    )
+# name, B, H, N, d and rotary positions of one of packed qkv: every kind of kernel, every way to
+# split keys and channels
+QKV: tuple[tuple[Any, ...], ...] = (
+    *(
+        (f"N={n}, d={d}, batch {b}", b, h, n, d)
+        for b, h, n, d in (
+            (1, 12, 197, 64), (64, 12, 197, 64), (64, 12, 257, 64), (64, 16, 256, 72),
+            (16, 12, 577, 64), (4, 4, 577, 128), (4, 12, 1370, 64), (4, 4, 1370, 88),
+        )
+    ),
+    ("N=201, rope of halves", 64, 12, 201, 64, "half"),
+    ("N=1,025, rope", 4, 12, 1025, 64, "interleaved"),
 )  # fmt: skip
 
 

@@ -71,6 +71,7 @@ SPECS = (
     OpSpec(
         "fp8_linear", fp8_linear, reference.fp8_linear_reference, _LINEAR_CASES, _LINEAR_BENCH,
         product_flops, _fp8_bytes, dtypes=(torch.float16, torch.bfloat16), inference=True, fp8=True,
+        gpu_cases=_LINEAR_BENCH[1:],
     ),
     OpSpec(
         "fp8_layer_norm", fp8_layer_norm, reference.fp8_layer_norm_reference, _NORM_CASES,

@@ -244,7 +244,7 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     there = {"x", "weight", "factor", "y", *configuration["operands"]}
     metas, tensors = {}, {}
     for name, shape in shapes.items():
-        kind = kinds.get(name, dtype)
+        kind = kinds.get(name) or dtype
         metas[name] = packed(kind, shape, device) if name in there else None
         tensors[name] = torch.empty(shape, dtype=kind, device=device) if name in there else None
     keep = "pre" in there
@@ -306,8 +306,8 @@ _BUILDERS = {"linear": _linear, "linear_fp8": _linear, "attention": _attention}
 def configuration_of(
     spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, Any] | None:
-    """Of the kernel that `case` of ``linear`` or an attention launches; None if it is none of
-    Hopper's, or has a mask, whose strides and dtype no configuration holds."""
+    """Of the kernel that `case` of ``linear`` or an attention launches; None if that is not one
+    of Hopper's alone, or has a mask, whose strides and dtype no configuration holds."""
     launch = _recorded(spec, case, dtype, device)
     tile = None if launch is None else launch[0].tile
     inputs, sizes = spec.inputs(case, dtype, device, seed=None), case.sizes

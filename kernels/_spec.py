@@ -81,7 +81,7 @@ class OpSpec:
             in the tested dtype the yardstick.
         cases: small and odd shapes for tests and the certificate.
         bench_cases: the shapes of real models, for benchmarks.
-        gpu_cases: larger ones, that half dtypes give to Hopper's kernels; see `certified`.
+        gpu_cases: `_hopper_cases`, for a GPU only.
         flops: multiply and add counted apart, from a case's sizes.
         bytes: least traffic to and from memory, from a case's sizes and the element size.
         inference: it has no gradient, and its operands keep their dtypes under autocast.
@@ -100,11 +100,6 @@ class OpSpec:
     inference: bool = False
     fp8: bool = False
     gpu_cases: tuple[Case, ...] = ()
-
-    def certified(self, dtype: torch.dtype, device: str) -> tuple[Case, ...]:
-        """What the certificate checks; `gpu_cases` would take the interpreter hours."""
-        on_gpu = device == "cuda" and dtype.itemsize == 2
-        return self.cases + self.gpu_cases * on_gpu
 
     def inputs(
         self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int | None = 0

@@ -52,12 +52,12 @@ ROOMS = {
         {"_backend", "_checks", "_device", "_launch", "_register", "_tuning"},
         {"launch", "op", "reference"},
     ),
-    "spec": ({"_spec"}, {"op", "reference", "spec"}),
+    "spec": ({"_hopper_cases", "_spec"}, {"op", "reference", "spec"}),
     "reference": (set(), {"reference"}),
 }  # fmt: skip
 FORMS = {
     "kernel_backward": "kernel", "launch_backward": "launch", "hopper_long": "hopper",
-    "hopper_parts": "hopper",
+    "hopper_parts": "hopper", "hopper_rope": "hopper",
 }  # fmt: skip
 
 

@@ -140,6 +140,7 @@ Job = tuple[dict[str, Any], Callable[[], "Report"]]
 
 def op_jobs(chosen: list[str] | None, settings: Settings) -> list[Job]:
     """Every case of the chosen ops, or of all, in every dtype."""
+    from fastvit.kernels._hopper_cases import certified
     from fastvit.kernels._spec import Case, OpSpec
     from fastvit.kernels.specs import all_specs
     from fastvit.numerics import compare_case
@@ -169,7 +170,7 @@ def op_jobs(chosen: list[str] | None, settings: Settings) -> list[Job]:
         if not chosen or spec.name in chosen
         for dtype in settings.dtypes
         if dtype.torch in spec.dtypes
-        for case in spec.certified(dtype.torch, settings.device)
+        for case in certified(spec, dtype.torch, settings.device)
     ]
 
 

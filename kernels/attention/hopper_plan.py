@@ -10,6 +10,7 @@ Legend: B batch, H heads, N queries, M keys, d head dimension.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastvit.kernels._backend import Meta
 from fastvit.kernels._device import SHARED_MEMORY, architecture, multiprocessors
 from fastvit.kernels._hopper import answer, hopper_problem
-from fastvit.kernels._launch import Box, Prepared
+from fastvit.kernels._launch import Box, Prepared, run
 from fastvit.kernels._tuning import TileConfig, cdiv
 
 if TYPE_CHECKING:
@@ -62,14 +63,38 @@ def hopper_variant(
     tile: TileConfig | None = None,
 ) -> Variant | str:  # fmt: skip
     """Hopper's kernel for an attention, or why the portable one runs: the table, the machine, the
-    operands. `tile` is what the tuning table says, if that is known."""
+    operands. `tile` is what the tuning table says, if that is known. Where there is a rotary
+    embedding it is the kernel for what `turned` leaves."""
     tile = tile or problem.tile()
     if tile.backend in NAMES or tile.backend == "hopper":
-        choice = hopper_problem(problem.device) or hopper_choice(problem, q, k, v, mask, tile)
+        left = turned(problem, q, v) or (problem, q, k, v)
+        choice = hopper_problem(problem.device) or hopper_choice(*left, mask, tile)
+        short = isinstance(choice, Variant) and choice.name in SHORT
+        if problem.rope is not None and short and _few_heads(problem):
+            choice = "so few heads are not worth a launch that turns q and k"
     else:
         where = f"for head dimension {problem.sizes[4]}"
         choice = f"the tuning table of {architecture(problem.device)} names a portable tile {where}"
     return answer("attention", problem.sizes, choice)
+
+
+def turned(problem: Problem, q: Meta, v: Meta | None) -> tuple[Problem, Meta, Meta, Meta] | None:
+    """The attention that is left once q and k are turned, and its q, k and v; None where there is
+    no rotary embedding, or images are packed."""
+    if problem.rope is None or problem.images is not None:
+        return None
+    batch, h, n, _, d = problem.sizes
+    shape, (_, *steps) = (batch, h, n, d), _by_token(problem)
+    new = Meta(problem.dtype, shape, tuple(steps), problem.device, True)
+    v = v or new._replace(strides=problem.sides[2][1:], aligned=q.aligned)
+    sides = (_by_token(problem),) * 2 + ((0, *v.strides),)
+    return problem._replace(rope=None, sides=sides), new, new, v  # type: ignore[arg-type]
+
+
+def _by_token(problem: Problem) -> tuple[int, int, int, int, int]:
+    """How a new [B, N, H, d] lies in memory."""
+    _, h, n, _, d = problem.sizes
+    return 0, n * h * d, d, h * d, 1
 
 
 def portable_tile(tile: TileConfig) -> TileConfig:
@@ -136,8 +161,7 @@ def _by_rule(problem: Problem, *, masked: bool) -> Variant | None:
     batch, h, n, m, d = problem.sizes
     processors, blocks = multiprocessors(problem.device), cdiv(n, ROWS)
     names = ["roles", "stream"]
-    few = batch * h * blocks <= HEADS_AT_ONCE * processors
-    if few and m <= MOST_AHEAD:
+    if _few_heads(problem) and m <= MOST_AHEAD:
         names.insert(0, "head")
     # turns of two blocks of queries of the busiest multiprocessor
     streaming = cdiv(batch * h * cdiv(blocks, CONSUMERS), processors)
@@ -163,8 +187,7 @@ def variant_of(name: str, problem: Problem, *, masked: bool, block: int = 128) -
             return None
         parts = key_parts(m)
         if name == "head":
-            few = batch * h * blocks <= HEADS_AT_ONCE * multiprocessors(problem.device)
-            split = blocks if few else 1
+            split = blocks if _few_heads(problem) else 1
             held = 2 * ROWS + 2 * sum(parts)
             found = Variant(name, parts, 1, blocks // split, batch * h * split)
         else:
@@ -183,6 +206,11 @@ def variant_of(name: str, problem: Problem, *, masked: bool, block: int = 128) -
             items = batch * h * cdiv(blocks, chunk)
             return Variant(name, (keys, tail[0], tail[1]), room[0], chunk, items, room[1], room[2])
     return None
+
+
+def _few_heads(problem: Problem) -> bool:
+    batch, h, n, *_ = problem.sizes
+    return batch * h * cdiv(n, ROWS) <= HEADS_AT_ONCE * multiprocessors(problem.device)
 
 
 def key_parts(m: int) -> tuple[int, int, int]:
@@ -302,6 +330,27 @@ def prepare_hopper(
 
     tile = TileConfig(ROWS, choice.parts[0], 0, 4, choice.stages, choice.name)
     return Prepared(kernel, programs, tile, arguments, boxes)
+
+
+def prepare_turn(problem: Problem) -> Callable[..., tuple[Any, ...]]:
+    """Gives of the tensors of `launch.py` those of `turned`."""
+    from fastvit.kernels.attention.hopper_rope import turn_kernel
+
+    batch, h, n, _, d = problem.sizes
+    side, (start, *steps) = _by_token(problem), problem.sides[2]
+    launch = problem.launch(
+        turn_kernel, problem.programs(n, ROWS), TileConfig(ROWS, 1, num_warps=4, num_stages=1),
+        (side, side), problem.form(side), ROWS,
+    )  # fmt: skip
+
+    def turn(q: Tensor, k: Any, v: Any, mask: Any, cos: Any, sin: Any, cu: Any) -> tuple[Any, ...]:
+        new = [torch.empty((batch, n, h, d), dtype=q.dtype, device=q.device) for _ in "qk"]
+        run(launch, q, k, v, mask, cos, sin, cu, *new)
+        if v is None:
+            v = q.as_strided((batch, h, n, d), steps, q.storage_offset() + start)
+        return (*new, v, mask, None, None, None)
+
+    return turn
 
 
 def _box(problem: Problem, which: str, rows: int, channels: int, *, packed: bool) -> Box | None:

@@ -250,16 +250,14 @@ def load_turned(x, rows, limit, rope, MASKED: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def _store_pairs(x, rows, limit, rope, a, b, FORM: tl.constexpr, START: tl.constexpr):
-    WIDTH: tl.constexpr = a.shape[1]
+def store_pairs(x, rows, limit, a, b, FORM: tl.constexpr, START: tl.constexpr):
+    """The first and the second members of pairs of channels, from pair START on."""
     HALF: tl.constexpr = FORM.d // 2
-    cos, sin = _angles(rope, rows, limit, FORM, START, WIDTH)
-    y, z = a * cos + b * sin, b * cos - a * sin
     if FORM.half:
-        _store_part(x, rows, limit, y, START, HALF)
-        _store_part(x, rows, limit, z, HALF + START, FORM.d)
+        _store_part(x, rows, limit, a, START, HALF)
+        _store_part(x, rows, limit, b, HALF + START, FORM.d)
     else:
-        both = tl.reshape(tl.join(y, z), (rows.shape[0], 2 * WIDTH))
+        both = tl.reshape(tl.join(a, b), (rows.shape[0], 2 * a.shape[1]))
         _store_part(x, rows, limit, both, 2 * START, FORM.d)
 
 
@@ -270,9 +268,10 @@ def store_turned_back(x, rows, limit, rope, parts, FORM: tl.constexpr):
         store_parts(x, rows, limit, parts, FORM)
     else:
         for i in tl.static_range(len(FORM.pairs)):
-            _store_pairs(
-                x, rows, limit, rope, parts[2 * i], parts[2 * i + 1], FORM, FORM.pairs[i][0]
-            )
+            a, b = parts[2 * i], parts[2 * i + 1]
+            cos, sin = _angles(rope, rows, limit, FORM, FORM.pairs[i][0], FORM.pairs[i][1])
+            y, z = a * cos + b * sin, b * cos - a * sin
+            store_pairs(x, rows, limit, y, z, FORM, FORM.pairs[i][0])
 
 
 @triton.jit

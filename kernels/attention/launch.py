@@ -14,7 +14,7 @@ Legend: B batch, H heads, N queries, M keys, d head dimension, T tokens of all p
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,13 @@ from fastvit.kernels._hopper import refuse
 from fastvit.kernels._launch import Prepared, accumulator, maker, product_precision, wide_dtype
 from fastvit.kernels._launch import run as run_kernel
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
-from fastvit.kernels.attention.hopper_plan import hopper_variant, portable_tile, prepare_hopper
+from fastvit.kernels.attention.hopper_plan import (
+    hopper_variant,
+    portable_tile,
+    prepare_hopper,
+    prepare_turn,
+    turned,
+)
 from fastvit.kernels.attention.reference import rope_pairs, unpack
 
 MIN_PART = 16  # the narrowest matrix product a tensor core takes
@@ -202,6 +208,7 @@ class Attention(NamedTuple):
     statistics: tuple[int, ...] | None  # shape of what the backward reads, if that is wanted
     wide: torch.dtype  # its dtype
     copies: bool
+    turn: Callable[..., tuple[Any, ...]] | None = None  # to what `launch` takes, if not the same
 
 
 @cached
@@ -219,7 +226,7 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
     choice = problem.tile()
     strides = problem.by_head(packed(q.dtype, shape, q.device))
 
-    def portable() -> Prepared:
+    def portable(problem: Problem) -> Prepared:
         from fastvit.kernels.attention.kernel import attention_kernel
 
         tile = portable_tile(choice)
@@ -230,22 +237,27 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
 
     variant = hopper_variant(problem, q, k, v, mask, choice)
     if isinstance(variant, str):
-        return prepared._replace(launch=portable())
+        return prepared._replace(launch=portable(problem))
+    turn = None
+    if (left := turned(problem, q, v)) is not None:
+        turn = prepare_turn(problem)
+        problem, _, k, _ = left
     launch = prepare_hopper(variant, problem, k, mask, keep=keep)
-    launch.spare = lambda error: refuse(error) or portable()
-    return prepared._replace(launch=launch)
+    launch.spare = lambda error: refuse(error) or portable(problem)
+    return prepared._replace(launch=launch, turn=turn)
 
 
 def run(prepared: Attention, q: Tensor, *others: Tensor | None) -> Any:
     """The output, and with `keep` also what the backward reads: each query's maximum (in base 2)
     and 1 / sum, [2, B, H, N]."""
-    launch, shape, statistics, wide, copies = prepared
+    launch, shape, statistics, wide, copies, turn = prepared
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     kept = None if statistics is None else torch.empty(statistics, dtype=wide, device=q.device)
     if launch is not None:
         if copies:
             others = (*others[:3], *in_order(*others[3:]))
-        run_kernel(launch, q, *others, out, kept)
+        tensors = (q, *others) if turn is None else turn(q, *others)
+        run_kernel(launch, *tensors, out, kept)
     return out if kept is None else (out, kept)
 
 

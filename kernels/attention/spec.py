@@ -5,13 +5,10 @@ from typing import Any, Literal
 
 import torch
 
+from fastvit.kernels._hopper_cases import ATTENTION, QKV
 from fastvit.kernels._spec import Case, Draw, OpSpec
+from fastvit.kernels.attention import reference
 from fastvit.kernels.attention.op import attention, attention_packed, attention_qkv
-from fastvit.kernels.attention.reference import (
-    attention_packed_reference,
-    attention_qkv_reference,
-    attention_reference,
-)
 
 Rope = Literal["none", "interleaved", "half"]
 
@@ -104,12 +101,6 @@ _BENCH = tuple(
     for batch in (1, 32, 256)
     for name, h, n, d in (("ViT-B 224", 12, 197, 64), ("ViT-B 384", 12, 577, 64))
 )
-_GPU = (
-    _case("N=197, separate", 16, 12, 197, 64),
-    _case("N=257, d=80, key lengths", 16, 4, 257, 80, mask="bool"),
-    _case("N=577, d=72, bias per head", 8, 4, 577, 72, mask="bias"),
-    _case("1,370 queries, 577 keys", 4, 6, 1370, 64, m=577),
-)
 _QKV_CASES = (
     _qkv_case("one token", 2, 1, 1, 32),
     _qkv_case("ViT-Ti 224", 1, 3, 197, 64),
@@ -120,15 +111,9 @@ _QKV_CASES = (
 _QKV_BENCH = (
     _qkv_case("ViT-B 224, batch 1", 1, 12, 197, 64),
     _qkv_case("ViT-B 224, batch 256", 256, 12, 197, 64),
+    _qkv_case("DINOv3-B 224, batch 1", 1, 12, 201, 64, rope="half"),
     _qkv_case("DINOv3-B 224, batch 256", 256, 12, 201, 64, rope="half"),
 )
-_QKV_GPU = tuple(
-    _qkv_case(f"N={n}, d={d}, batch {b}", b, h, n, d)
-    for b, h, n, d in (
-        (1, 12, 197, 64), (64, 12, 197, 64), (64, 12, 257, 64), (64, 16, 256, 72),
-        (16, 12, 577, 64), (4, 4, 577, 128), (4, 12, 1370, 64), (4, 4, 1370, 88),
-    )
-)  # fmt: skip
 _PACKED_CASES = (
     _packed_case("one token", [1], 1, 16),
     _packed_case("three images, one without tokens", [17, 0, 9], 1, 16),
@@ -142,14 +127,15 @@ _PACKED_BENCH = tuple(
 )
 SPECS = (
     OpSpec(
-        "attention", attention, attention_reference, _CASES, _BENCH, _flops, _bytes, gpu_cases=_GPU
+        "attention", attention, reference.attention_reference, _CASES, _BENCH, _flops, _bytes,
+        gpu_cases=tuple(_case(*sizes, **options) for *sizes, options in ATTENTION),
     ),
     OpSpec(
-        "attention_qkv", attention_qkv, attention_qkv_reference, _QKV_CASES, _QKV_BENCH,
-        _flops, _bytes, gpu_cases=_QKV_GPU,
+        "attention_qkv", attention_qkv, reference.attention_qkv_reference, _QKV_CASES, _QKV_BENCH,
+        _flops, _bytes, gpu_cases=tuple(itertools.starmap(_qkv_case, QKV)),
     ),
     OpSpec(
-        "attention_packed", attention_packed, attention_packed_reference, _PACKED_CASES,
+        "attention_packed", attention_packed, reference.attention_packed_reference, _PACKED_CASES,
         _PACKED_BENCH, lambda sizes: 4 * sizes["pairs"] * sizes["H"] * sizes["d"],
         lambda sizes, itemsize: 4 * itemsize * sizes["T"] * sizes["H"] * sizes["d"],
     ),

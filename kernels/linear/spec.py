@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastvit.kernels._hopper_cases import LINEAR
 from fastvit.kernels._spec import Case, OpSpec, changed, drawn, product_flops
 from fastvit.kernels.linear.op import linear
 from fastvit.kernels.linear.reference import linear_reference
@@ -49,18 +50,9 @@ _CASES = (
     _case("relu, residual", 33, 64, 80, activation="relu", residual=True),
     changed(_case("outlier channels", 130, 384, 192, activation="gelu"), _outliers),
 )
-_GPU = tuple(
-    _case(f"M={m:,}, {name}", m, k, n, **options)
-    for m in (1000, 50_432)
-    for name, k, n, options in (
-        ("gelu", 768, 1000, {"activation": "gelu"}),
-        ("residual", 768, 768, {"scale": True, "residual": True}),
-        ("residual, long sums", 3072, 768, {"residual": True}),
-    )
-)
 SPECS = (
     OpSpec(
         "linear", linear, linear_reference, _CASES, _vit_b(1) + _vit_b(256), product_flops, _bytes,
-        gpu_cases=_GPU,
+        gpu_cases=tuple(_case(*sizes, **options) for *sizes, options in LINEAR),
     ),
 )  # fmt: skip

@@ -6,13 +6,9 @@ import torch
 
 from fastvit.kernels._spec import Case, OpSpec, changed, drawn, no_flops, product_flops, vit_b
 from fastvit.kernels.layer_norm.spec import SPECS as NORM_SPECS
+from fastvit.kernels.linear_fp8 import reference
 from fastvit.kernels.linear_fp8.op import fp8_layer_norm, fp8_linear, fp8_quantize
-from fastvit.kernels.linear_fp8.reference import (
-    E4M3,
-    fp8_layer_norm_reference,
-    fp8_linear_reference,
-    fp8_quantize_reference,
-)
+from fastvit.kernels.linear_fp8.reference import E4M3
 
 
 def _fp8(
@@ -73,15 +69,16 @@ _NORM_CASES, _NORM_BENCH = (
 )
 SPECS = (
     OpSpec(
-        "fp8_linear", fp8_linear, fp8_linear_reference, _LINEAR_CASES, _LINEAR_BENCH,
+        "fp8_linear", fp8_linear, reference.fp8_linear_reference, _LINEAR_CASES, _LINEAR_BENCH,
         product_flops, _fp8_bytes, dtypes=(torch.float16, torch.bfloat16), inference=True, fp8=True,
+        gpu_cases=_LINEAR_BENCH[1:],
     ),
     OpSpec(
-        "fp8_layer_norm", fp8_layer_norm, fp8_layer_norm_reference, _NORM_CASES, _NORM_BENCH,
-        no_flops, _row_bytes, inference=True, fp8=True,
+        "fp8_layer_norm", fp8_layer_norm, reference.fp8_layer_norm_reference, _NORM_CASES,
+        _NORM_BENCH, no_flops, _row_bytes, inference=True, fp8=True,
     ),
     OpSpec(
-        "fp8_quantize", fp8_quantize, fp8_quantize_reference, _ROWS_CASES,
+        "fp8_quantize", fp8_quantize, reference.fp8_quantize_reference, _ROWS_CASES,
         vit_b(_rows, 768, 0.01), no_flops, _row_bytes, inference=True, fp8=True,
     ),
 )  # fmt: skip

@@ -179,6 +179,8 @@ def _in_place(model: Any) -> None:
     model.blocks[0].norm1.weight.mul_(1.5)
     model.blocks[1].mlp.fc1.weight.add_(0.1)
     model.blocks[1].norm2.bias.add_(1)
+    model.blocks[0].ls1.gamma.mul_(3)
+    model.blocks[1].mlp.fc2.bias.add_(0.1)
 
 
 def _in_inference_mode(model: Any) -> None:

@@ -7,9 +7,9 @@ Shape legend: B batch, N tokens, D width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,9 @@ def may_derive(x: object) -> bool:
     )
 
 
-def _has_versions(layer: nn.Module) -> bool:
-    """Whether changes of its parameters are counted: not of those made in inference mode."""
-    return not any(p is not None and p.is_inference() for p in layer._parameters.values())
+def _has_versions(parameters: Iterable[Tensor | None]) -> bool:
+    """Whether changes of these are counted: not of those made in inference mode."""
+    return not any(p is not None and p.is_inference() for p in parameters)
 
 
 def can_quantize(parts: Parts) -> bool:
@@ -111,7 +111,8 @@ class Quantized:
             and "_is_replica" not in block.__dict__  # of DataParallel, for one forward only
             and can_quantize(parts)
             and not any(drop is not None and drop.training for drop in drops)
-            and all(map(_has_versions, layers))
+            and all(_has_versions(layer._parameters.values()) for layer in layers)
+            and _has_versions((factor(parts.scale1), factor(parts.scale2)))
         )
 
     def run(
@@ -153,14 +154,23 @@ class Quantized:
             h = self._linear("mlp.fc1", 0, weights, x, **options)
         return fp8_quantize(apply_norm(parts.hidden_norm, h), out_scale=out_scale)
 
-    def _linear(self, name: str, i: int, weights: Weights, x: Tensor, **options: Any) -> Tensor:
-        """The i-th of those linears that share an input."""
-        scale = self.scales[name]
+    def _linear(
+        self, name: str, i: int, weights: Weights, x: Tensor, scale: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """The i-th of those linears that share an input; a LayerScale is derived into factor and
+        bias."""
+        x_scale, bias = self.scales[name], weights[1]
         derived = self.derived.setdefault(
-            f"{name}.{i}", Derived(lambda weight: quantize(weight, scale))
+            f"{name}.{i}", Derived(lambda weight, *scaled: quantize(weight, x_scale, *scaled))
         )
-        weight, factor = cast(tuple[Tensor, Tensor], derived.get(weights[0]))
-        return fp8_linear(x, weight, factor, weights[1], **options)
+        if scale is None:
+            weight, factor = derived.get(weights[0])
+        else:
+            weight, factor, bias = derived.get(*weights, scale)
+        assert weight is not None
+        assert factor is not None
+        return fp8_linear(x, weight, factor, bias, **options)
 
     def refresh(self) -> bool:
         """Whether a weight had new values; what is derived of it then has too."""
@@ -178,13 +188,24 @@ def _normed(norm: Any, x: Tensor, out_scale: float) -> Tensor:
     return fp8_layer_norm(x, weight, bias, norm.eps, out_scale=out_scale)
 
 
-def quantize(weight: Tensor, x_scale: float) -> tuple[Tensor, Tensor]:
-    """[N, K] as e4m3 with a scale for each row, and float32 [N], those scales times `x_scale`."""
+def quantize(weight: Tensor, x_scale: float, *scaled: Tensor | None) -> Sources:
+    """[N, K] as e4m3 with a scale for each row, and float32 [N], those scales times `x_scale`.
+
+    Args:
+        scaled: a bias [N] or None, and a LayerScale [N] that multiplies both: the bias times it, in
+            float32, is a third result.
+    """
     weight = weight.float()
     largest = weight.abs().amax(dim=1)
     scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
     values = (weight / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX)
-    return values.to(E4M3).contiguous(), scale * x_scale
+    values, scale = values.to(E4M3).contiguous(), scale * x_scale
+    if not scaled:
+        return values, scale
+    bias, layer_scale = scaled
+    assert layer_scale is not None
+    layer_scale = layer_scale.float()
+    return values, scale * layer_scale, None if bias is None else bias.float() * layer_scale
 
 
 class Watch:

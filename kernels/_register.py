@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._C._functorch as functorch
 from torch import Tensor
-from torch._C._functorch import (
-    get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor, peek_interpreter_stack,
-)  # fmt: skip
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled, forward_ad  # pyright: ignore
 from torch.utils.flop_counter import register_flop_formula
 
@@ -325,7 +324,7 @@ def _refusal(message: str) -> Callable[..., Any]:
 def _transforms() -> int:
     """0 outside of function transforms; 1 within `vmap` and one `grad`; 2 where derivatives may be
     of a higher order or in forward mode."""
-    kinds = [level.key().name for level in get_interpreter_stack() or ()]
+    kinds = [level.key().name for level in functorch.get_interpreter_stack() or ()]
     if forward_ad._current_level >= 0 or "Jvp" in kinds or kinds.count("Grad") > 1:
         return 2
     mapped = torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # by `is_grads_batched`
@@ -351,7 +350,7 @@ def _transformed(*tensors: Tensor | None) -> int:
 
 def _base(x: Tensor) -> Tensor:
     """`x` outside of function transforms."""
-    return _base(get_unwrapped(x)) if is_functorch_wrapped_tensor(x) else x
+    return _base(functorch.get_unwrapped(x)) if functorch.is_functorch_wrapped_tensor(x) else x
 
 
 def _autocast_rule(

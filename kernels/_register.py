@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._C._functorch as functorch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled, forward_ad  # pyright: ignore
 from torch.utils.flop_counter import register_flop_formula
 
@@ -97,7 +98,7 @@ class Op:
             or torch._C._is_any_autocast_enabled()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
-            or _functorch.peek_interpreter_stack() is not None
+            or peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None
             or _profiler_enabled()
@@ -323,7 +324,7 @@ def _refusal(message: str) -> Callable[..., Any]:
 def _transforms() -> int:
     """0 outside of function transforms; 1 within `vmap` and one `grad`; 2 where derivatives may be
     of a higher order or in forward mode."""
-    kinds = [level.key().name for level in _functorch.get_interpreter_stack() or ()]
+    kinds = [level.key().name for level in functorch.get_interpreter_stack() or ()]
     if forward_ad._current_level >= 0 or "Jvp" in kinds or kinds.count("Grad") > 1:
         return 2
     mapped = torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # by `is_grads_batched`
@@ -341,7 +342,7 @@ def _transformed(*tensors: Tensor | None) -> int:
     if not found or torch.compiler.is_compiling():
         return found
     given = [t for t in tensors if t is not None]
-    if _functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0:
+    if peek_interpreter_stack() is None and forward_ad._current_level >= 0:
         tangents = (forward_ad.unpack_dual(t).tangent for t in given)
         return 0 if all(tangent is None for tangent in tangents) else found
     return 2 if any(_base(t).requires_grad for t in given) else found
@@ -349,7 +350,7 @@ def _transformed(*tensors: Tensor | None) -> int:
 
 def _base(x: Tensor) -> Tensor:
     """`x` outside of function transforms."""
-    return _base(_functorch.get_unwrapped(x)) if _functorch.is_functorch_wrapped_tensor(x) else x
+    return _base(functorch.get_unwrapped(x)) if functorch.is_functorch_wrapped_tensor(x) else x
 
 
 def _autocast_rule(

@@ -6,6 +6,7 @@ Shape legend: D width, P patch size, S image side, N patch tokens.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -168,8 +169,12 @@ def find_image(name: str) -> Image:
     return photo(name) if name in PHOTOS else load_image(name)
 
 
-def load_image(path: str | os.PathLike[str]) -> Image:
+def load_image(path: str | os.PathLike[str], content: bytes | None = None) -> Image:
     """An image file in RGB, turned upright by its EXIF orientation.
+
+    Args:
+        path: the file.
+        content: its bytes, where `path` is only what errors call it.
 
     Raises:
         ValueError: the file is absent, broken, not an image, or has more than 8 bits a channel.
@@ -177,7 +182,7 @@ def load_image(path: str | os.PathLike[str]) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             # Pillow would clip these to 255 without a word
             if image.mode.startswith(("I", "F")):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from test_train_data import folder  # noqa: F401  a fixture
 from train_models import assert_same
@@ -20,10 +19,6 @@ from typer.testing import CliRunner
 
 from fastvit import ops
 from fastvit.cli.main import app
-from fastvit.samples import load_image
-from fastvit.train import DataConfig
-from fastvit.train import embed as embedding
-from fastvit.train.data import transform
 from fastvit.train.models import load_source, read_run
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +185,7 @@ def test_not_finite_exits_with_a_message(tmp_path):
         (["train", "--parallel", "ddp"], "parallel='ddp' needs torchrun"),
         (["train", "--resume"], "no config.json"),
         (["finetune", "/nowhere"], "unknown model '/nowhere'"),
-        (["embed", "/nowhere"], "/nowhere is not a folder"),
+        (["embed", "/nowhere", "--format", "safetensors"], "/nowhere is not a folder"),
     ],
 )
 def test_bad_input_is_named(tmp_path, arguments, message):
@@ -269,55 +264,7 @@ def test_finetune_of_a_timm_model(folder, tmp_path):  # noqa: F811
     assert found["loss"] == pytest.approx(record["test"]["loss"], rel=1e-4)
 
 
-# --------------------------------------------------------------------------- embed
-
-
-def test_embed_keeps_names_and_resumes(folder, tmp_path, trained, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(embedding, "PIECE", 12)
-    out, whole = tmp_path / "cut", tmp_path / "whole"
-    arguments = ["embed", folder, "--model", trained[0], "--batch-size", "5"]
-    record = run_json(*arguments, "--out", whole)
-    assert (record["images"], record["width"], record["reused"]) == (30, 16, 0)
-    assert sum("broken.jpg" in n or "empty.png" in n for n in record["broken"]) == 2
-    names = json.loads((whole / "names.json").read_text())
-    assert names == sorted(names)
-    assert not {"red/broken.jpg", "blue/empty.png"} & set(names)
-    values = load_file(whole / "features.safetensors")["features"]
-    assert values.shape == (30, 16)
-
-    model = load_source(str(trained[0])).model.eval()
-    picture = transform(DataConfig("", 8, in_chans=1), train=False)(load_image(folder / names[7]))
-    with torch.no_grad():
-        tokens = model.forward_features((picture[None] / 255 - 0.31) / 0.38)
-        feature = model.forward_head(tokens, pre_logits=True)[0]
-    torch.testing.assert_close(values[7], feature, rtol=1e-4, atol=1e-5)  # another batch size
-
-    calls = []
-    real = embedding.features
-
-    def cut_short(model, images):
-        calls.append(0)
-        if len(calls) == 5:
-            raise RuntimeError("power cut")
-        return real(model, images)
-
-    monkeypatch.setattr(embedding, "features", cut_short)
-    assert run(*arguments, "--out", out).exit_code == 1
-    again = run(*arguments, "--out", out)
-    assert "not empty" in again.stderr
-    resumed = run_json(*arguments, "--out", out, "--resume")
-    assert resumed["reused"] == 1
-    assert resumed["broken"] == record["broken"]
-    assert_same(load_file(out / "features.safetensors"), {"features": values})
-    other = run(*arguments, "--out", out, "--resume", "--img-size", "16")
-    assert other.exit_code == 1
-    assert "img_size changed" in other.stderr
-    Image.new("L", (9, 9)).save(folder / "red" / "later.png")
-    try:
-        grown = run(*arguments, "--out", out, "--resume")
-    finally:
-        (folder / "red" / "later.png").unlink()
-    assert "changed" in grown.stderr
+# --------------------------------------------------------------------------- folders that change
 
 
 def changed_class(root):

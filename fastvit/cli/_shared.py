@@ -13,7 +13,14 @@ from typing import Any, NoReturn
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 class Dtype(str, enum.Enum):
@@ -37,17 +44,14 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
-def progress_bar() -> Progress:
-    """On standard error, gone when done; nothing where that is no terminal."""
+def progress_bar(*columns: ProgressColumn, show: bool = True) -> Progress:
+    """On standard error, gone when done; nothing where that is no terminal, or without `show`."""
     error = Console(stderr=True)
+    if not columns:
+        text = TextColumn("{task.description}")
+        columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=error,
-        transient=True,
-        disable=not error.is_terminal,
+        *columns, console=error, transient=True, disable=not (show and error.is_terminal)
     )
 
 

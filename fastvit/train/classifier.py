@@ -104,8 +104,7 @@ def _labels(source: Source) -> tuple[tuple[str, ...], str]:
     if source.run is not None and len(names := source.run.config.get("classes", ())) == count:
         return tuple(names), "the run"
     import_timm()
-    from timm.data import ImageNetInfo
-    from timm.data.imagenet_info import infer_imagenet_subset
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     if (subset := infer_imagenet_subset({"num_classes": count})) is not None:
         info = ImageNetInfo(subset)

@@ -335,7 +335,9 @@ def eval_batches(size: int, batch_size: int, rank: int, world: int) -> list[list
     return [keys[first : first + batch_size] for first in range(0, rows, batch_size)]
 
 
-def make_loader(images: Images, batches: Any, *, workers: int, pin: bool) -> Iterable[Batch]:
+def make_loader(
+    images: Dataset[Sample], batches: Any, *, workers: int, pin: bool
+) -> Iterable[Batch]:
     """A DataLoader over keys; it draws nothing from torch's own generator."""
     loader: Any = DataLoader(
         images,
@@ -347,6 +349,18 @@ def make_loader(images: Images, batches: Any, *, workers: int, pin: bool) -> Ite
         generator=torch.Generator(),
     )
     return loader
+
+
+@contextlib.contextmanager
+def started(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    """A loader's batches. Its workers end with the block: they ignore SIGTERM, so Python's exit
+    would wait for ever for those of a loader that an exception's traceback keeps."""
+    batches: Any = iter(loader)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # with workers
+            batches._shutdown_workers()
 
 
 def collate(samples: list[Sample]) -> Batch:

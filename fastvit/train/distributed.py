@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+Result = TypeVar("Result")
 PARALLEL = ("none", "ddp", "fsdp")
 
 
@@ -74,6 +75,22 @@ def gather_names(names: set[str]) -> list[str]:
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, names)
     return sorted(set().union(*found))
+
+
+def on_first(job: Callable[[], Result]) -> Result:
+    """What `job` gives in rank 0, in every rank; an OSError or ValueError of its too."""
+    if not dist.is_initialized():
+        return job()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = job()
+        except (OSError, ValueError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def wrap(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:

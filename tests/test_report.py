@@ -98,7 +98,7 @@ def test_an_empty_folder_gives_a_page_that_says_so_and_a_missing_one_an_error(tm
     paths, notes = gallery.write(write(tmp_path / "empty"), tmp_path / "out")
     assert [path.name for path in paths] == ["index.html"]
     assert len(notes) == 1
-    assert run(str(tmp_path / "missing")).exit_code == 2
+    assert run(str(tmp_path / "missing")).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastvit.cli._shared import FILE_WIDTH, console, fail, print_json
+from fastvit.cli._shared import FILE_WIDTH, console, errors, print_json, progress_bar
 
 if TYPE_CHECKING:
     from fastvit.train import Data, DataConfig, Recipe, Result
@@ -194,30 +194,37 @@ def run(
     as_json: bool,
 ) -> None:
     """Do a job in this process and those that torchrun started, and print the result."""
-    from fastvit.train import Interrupted, distributed, fit
+    from fastvit.train import distributed, fit
 
-    try:
+    with interruptible(command):
         target = distributed.pick_device(device)
-        with (
-            distributed.process_group(target),
-            kernels(accelerate),
-        ):
-            job = make_job()
-            several = distributed.world() > 1
+        with distributed.process_group(target), kernels(accelerate):
+            first, several = distributed.rank() == 0, distributed.world() > 1
+            with progress_bar(show=first) as bar:
+                bar.add_task("reading model and data", total=None)
+                job = make_job()
             steps = job.recipe.epochs * (len(job.data.train) // job.recipe.batch_size)
-            with display(steps, distributed.rank() == 0) as report:
+            with display(steps, first) as report:
                 result = fit(
                     job.model, job.data, job.recipe, out=out, resume=resume, config=job.record(),
                     device=device, parallel=parallel or ("ddp" if several else "none"),
                     workers=workers, report=report,
                 )  # fmt: skip
-            if distributed.rank() == 0:
+            if first:
                 _print(job, result, out, as_json)
-    except Interrupted as error:
-        typer.echo(f"fastvit {command}: {error}", err=True)
-        raise typer.Exit(128 + error.signum) from None
-    except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
-        fail(command, str(error))
+
+
+@contextmanager
+def interruptible(command: str) -> Iterator[None]:
+    """`errors`, and a signal that a training stopped for becomes the exit status."""
+    from fastvit.train import Interrupted
+
+    with errors(command):
+        try:
+            yield
+        except Interrupted as error:
+            typer.echo(f"fastvit {command}: {error}", err=True)
+            raise typer.Exit(128 + error.signum) from None
 
 
 def kernels(accelerate: bool) -> AbstractContextManager[None]:

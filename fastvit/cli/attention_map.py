@@ -69,9 +69,10 @@ def attention_map(
             if rollout and head is not None:
                 raise ValueError("--rollout takes the mean over heads: leave --head out")
             importlib.import_module("matplotlib")  # now rather than after the wait
+            picture = samples.find_image(image)
             source = load_model(model, checkpoint, img_size)
             vit = source.model
-            photograph, images = _images(image, source)
+            photograph, images = _images(picture, source)
             bar.update(task, description="looking")
             names, maps, layout, where = _look(vit, images, block, head, rollout)
             out.mkdir(parents=True, exist_ok=True)
@@ -96,10 +97,10 @@ def attention_map(
         _print(record, out)
 
 
-def _images(image: str, source: Source) -> tuple[Image, Tensor]:
+def _images(picture: Image, source: Source) -> tuple[Image, Tensor]:
     """The photograph as the model sees it, and normalised."""
     size = source.model.patch_embed.img_size
-    picture = samples.square(samples.find_image(image), size)
+    picture = samples.square(picture, size)
     cfg = source.pixels()
     mean, std = cfg.get("mean", samples.MEAN), cfg.get("std", samples.STD)
     return picture, samples.preprocess(picture, size, mean, std)

@@ -112,11 +112,12 @@ def _host(names: list[str], batches: list[int], *, as_json: bool) -> None:
         check_timm_model(name)
     from fastvit.bench.host import host_cost
 
-    found = [
-        {"model": name, "batch": batch, **host_cost(name, batch)}
-        for name in names
-        for batch in batches
-    ]
+    pairs = [(name, batch) for name in names for batch in batches]
+    with progress_bar() as bar:
+        found = [
+            {"model": name, "batch": batch, **host_cost(name, batch)}
+            for name, batch in bar.track(pairs, description="calling")
+        ]
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
         return

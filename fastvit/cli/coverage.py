@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fastvit.cli._shared import console, fail, finite, print_json, progress_bar
+from fastvit.cli._shared import console, errors, finite, print_json, progress_bar
 
 if TYPE_CHECKING:
     from fastvit.coverage import Covered
@@ -54,10 +54,8 @@ def coverage(
 
     if arch is not None:
         _kernels(pattern, library, arch, batch, as_json)
-    try:
+    with errors("coverage"):
         pairs, absent = covering.select(library, pattern)
-    except (ImportError, ValueError) as error:
-        fail("coverage", str(error))
     with progress_bar() as bar:
         task = bar.add_task("", total=len(pairs))
         rows: list[Covered] = []

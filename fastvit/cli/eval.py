@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 from fastvit.cli import _training as options
-from fastvit.cli._shared import console, fail, print_json, progress_bar
+from fastvit.cli._shared import console, errors, print_json, progress_bar
 
 
 def evaluate(
@@ -40,16 +41,15 @@ def evaluate(
     """
     from fastvit.train import distributed
 
-    try:
+    with errors("eval"):
         target = distributed.pick_device(device)
         with distributed.process_group(target), options.kernels(accelerate):
-            record = _evaluate(
-                source, data, split, checkpoint, use_ema, img_size, batch_size, amp, target,
-                workers, accelerate,
-            )  # fmt: skip
             first = distributed.rank() == 0
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        fail("eval", str(error))
+            with progress_bar(show=first) as bar:
+                record = _evaluate(
+                    source, data, split, checkpoint, use_ema, img_size, batch_size, amp, target,
+                    workers, accelerate, bar,
+                )  # fmt: skip
     if not first:
         return
     if as_json:
@@ -61,6 +61,7 @@ def evaluate(
 def _evaluate(
     source: str, data: str | None, split: str, checkpoint: Path | None, use_ema: bool | None,
     img_size: int | None, batch_size: int, amp: bool, device: Any, workers: int, accelerate: bool,
+    bar: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
@@ -69,6 +70,7 @@ def _evaluate(
     from fastvit.train.models import load_source
     from fastvit.train.objectives import classification_metrics
 
+    task = bar.add_task("reading weights", total=None)
     found = load_source(source, checkpoint=checkpoint, ema=use_ema, accelerated=accelerate)
     if img_size is not None:
         found = found.resized(img_size)
@@ -90,10 +92,11 @@ def _evaluate(
     keys = eval_batches(len(images.test), batch_size, distributed.rank(), distributed.world())
     loader = make_loader(images.test, keys, workers=workers, pin=device.type == "cuda")
     broken: set[str] = set()
-    with progress_bar() as bar, torch.no_grad(), torch.autocast(device.type, torch.bfloat16, amp):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, amp):
 
         def batches() -> Any:
-            for batch in bar.track(loader, total=len(keys), description="batches"):
+            bar.update(task, description="batches")
+            for batch in bar.track(loader, total=len(keys), task_id=task):
                 broken.update(batch.broken)
                 yield images.to_model(batch, device)
 

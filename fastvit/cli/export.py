@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from fastvit.cli._models import CHECKPOINT_HELP, DEMO, MODEL_HELP, load_model
-from fastvit.cli._shared import console, fail, print_json, progress_bar
+from fastvit.cli._shared import console, errors, print_json, progress_bar
 
 
 def export(
@@ -39,18 +39,15 @@ def export(
     """
     endings = {"torch": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
     path = out or Path(model + endings[to])
-    with progress_bar() as bar, warnings.catch_warnings():
+    with errors("export"), progress_bar() as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the exporters' own making
         task = bar.add_task("reading weights", total=None)
-        try:
-            from fastvit.export import export_model
+        from fastvit.export import export_model
 
-            overrides = {"dynamic_img_size": True} if dynamic_size else {}
-            vit = load_model(model, checkpoint, img_size, **overrides).model
-            bar.update(task, description=f"exporting to {to}")
-            done = export_model(vit, path, to, dynamic_size=dynamic_size)
-        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-            fail("export", str(error))
+        overrides = {"dynamic_img_size": True} if dynamic_size else {}
+        vit = load_model(model, checkpoint, img_size, **overrides).model
+        bar.update(task, description=f"exporting to {to}")
+        done = export_model(vit, path, to, dynamic_size=dynamic_size)
     if as_json:
         print_json({**dataclasses.asdict(done), "path": str(path), "passed": done.passed})
     else:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from fastvit.cli._shared import console, fail, print_json, progress_bar
+from fastvit.cli._shared import console, errors, print_json, progress_bar
 
 Name = Literal["ablation-pos", "pooling", "optimizer", "shape", "resolution", "self-supervised"]
 COLOR = "#2e4057"
@@ -35,19 +35,16 @@ def paper(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     known = json.loads(path.read_text())["runs"] if path.exists() else []
-    with progress_bar() as bar:
+    with errors("paper"), progress_bar() as bar:
         task = bar.add_task(name, total=None)
 
         def report(runs: list[dict[str, Any]], total: int) -> None:
             bar.update(task, completed=len(runs), total=total)
             path.write_text(json.dumps(_record(name, data, seeds, epochs, runs), indent=1) + "\n")
 
-        try:
-            runs = experiments.run_experiment(
-                name, data, seeds=seeds, epochs=epochs, jobs=jobs, known=known, report=report
-            )
-        except ImportError as error:
-            fail("paper", str(error))
+        runs = experiments.run_experiment(
+            name, data, seeds=seeds, epochs=epochs, jobs=jobs, known=known, report=report
+        )
     record = _record(name, data, seeds, epochs, runs)
     path.write_text(json.dumps(record, indent=1) + "\n")
     (folder / "table.md").write_text(markdown(record))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fastvit.cli import _training as options
-from fastvit.cli._shared import console, fail, print_json
+from fastvit.cli._shared import console, fail, print_json, progress_bar
 
 SELF_SUPERVISED = {"augment": "none", "epochs": 60, "batch_size": 100, "lr": 1e-3}
 
@@ -50,7 +50,7 @@ def pretrain(
     import torch
     from safetensors.torch import save_file
 
-    from fastvit.train import Interrupted, distributed, load_data
+    from fastvit.train import distributed, load_data
     from fastvit.train.models import ModelConfig, build_model
     from fastvit.train.paper import pretrain as run
     from fastvit.train.probe import linear_probe, mean_tokens
@@ -60,7 +60,7 @@ def pretrain(
     defaults = {**options.defaults_for(data), **SELF_SUPERVISED}
     if (out / "model.safetensors").exists():
         fail("pretrain", f"{out} holds a finished pre-training; choose another --out")
-    try:
+    with options.interruptible("pretrain"):
         recipe = options.make_recipe(choices, defaults, device)
         size = {} if img_size is None else {"img_size": img_size}
         config = ModelConfig(model or defaults["model"], {"num_classes": 0, **size})
@@ -75,8 +75,14 @@ def pretrain(
         measured: dict[str, Any] = {"method": method, "model": config.name, "data": data}
         target = distributed.pick_device(device)
         encoder.to(target)
+
+        def probed() -> float:
+            with progress_bar() as bar:
+                bar.add_task("linear probe", total=None)
+                return linear_probe(mean_tokens(encoder.eval()), images)
+
         if probe:
-            measured["probe_before"] = linear_probe(mean_tokens(encoder.eval()), images)
+            measured["probe_before"] = probed()
             encoder.train()
         steps = recipe.epochs * (len(images.train) // recipe.batch_size)
         with options.display(steps, True) as report:
@@ -85,12 +91,7 @@ def pretrain(
                 device=device, workers=workers, report=report,
             )  # fmt: skip
         if probe:
-            measured["probe_after"] = linear_probe(mean_tokens(encoder.eval()), images)
-    except Interrupted as error:
-        typer.echo(f"fastvit pretrain: {error}", err=True)
-        raise typer.Exit(128 + error.signum) from None
-    except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
-        fail("pretrain", str(error))
+            measured["probe_after"] = probed()
     weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     save_file(weights, out / "model.safetensors")
     record = {

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from fastvit.cli._shared import console, print_json
+from fastvit.cli._shared import console, errors, print_json, progress_bar
 
 Gpu = Literal["h200", "a100", "h100", "b200", "mi300x"]
 
@@ -44,10 +44,9 @@ def report(
         return
     from fastvit.bench import gallery
 
-    try:
+    with errors("report"), progress_bar() as bar:
+        bar.add_task("drawing", total=None)
         paths, notes = gallery.write(folder, out)
-    except FileNotFoundError as error:
-        raise typer.BadParameter(str(error)) from error
     if as_json:
         print_json({"files": [str(path) for path in paths], "notes": notes})
         return

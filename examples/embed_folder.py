@@ -7,15 +7,14 @@ many neighbours are of the same photograph. For a folder of your own: the `fastv
     python examples/embed_folder.py
 """
 
-import json
 import tempfile
 from pathlib import Path
 
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from fastvit import samples
 from fastvit.cli.main import app
+from fastvit.train.embed import read_features
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 CROPS = {"left": (0.0, 0.0), "middle": (0.2, 0.15), "right": (0.4, 0.3)}
@@ -32,9 +31,10 @@ def main() -> None:
             for place, (x, y) in CROPS.items():
                 box = (x * w, y * h, (x + SHARE) * w, (y + SHARE) * h)
                 photo.crop(box).save(crops / f"{name}-{place}.png")
-        app(["embed", str(crops), "--model", "demo", "--out", str(out)], standalone_mode=False)
-        features = load_file(out / "features.safetensors")["features"]
-        names = [Path(name).stem for name in json.loads((out / "names.json").read_text())]
+        options = ["--model", "demo", "--format", "safetensors", "--out", str(out)]
+        app(["embed", str(crops), *options], standalone_mode=False)
+        files, features = read_features(out)
+        names = [Path(name).stem for name in files]
 
     features = F.normalize(features, dim=-1)
     likeness = (features @ features.T).fill_diagonal_(-1)

@@ -193,10 +193,8 @@ def _kernels(
 
     if library not in (None, [], ["timm"]):
         raise typer.BadParameter("--arch knows timm's architectures only")
-    try:
+    with errors("coverage"):
         pairs, _ = covering.select(["timm"], pattern)
-    except (ImportError, ValueError) as error:
-        fail("coverage", str(error))
     rows = []
     with progress_bar() as bar:
         task = bar.add_task("", total=len(pairs))

@@ -153,8 +153,10 @@ def test_kernels_are_said_once():
 
 
 def test_kernels_know_no_model():
+    """Nor anything else of ours, but how Triton's interpreter is taught bfloat16."""
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert all(name.startswith("fastvit.kernels") for name in own(path)), path
+        others = {name for name in own(path) if not name.startswith("fastvit.kernels")}
+        assert others <= ({"fastvit.interpreter"} if path.stem == "_launch" else set()), path
 
 
 LAYERS = {

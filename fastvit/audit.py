@@ -210,7 +210,8 @@ def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dty
     with _device.emulate(arch):
         if spec.fp8 and _device.fp8_problem(torch.device("cpu")):
             return
-    for case in spec.bench_cases + spec.gpu_cases + spec.cases:
+    hoppers = spec.gpu_cases * (arch == "sm90")
+    for case in spec.bench_cases + hoppers + spec.cases:
         real = case in spec.bench_cases
         half = [torch.bfloat16] + [torch.float16] * real
         for dtype in (*half, *({torch.float32} & {*spec.dtypes})):

@@ -85,6 +85,8 @@ class Unwritten(TorchDispatchMode):
         if func.is_view or "empty" in func.name() or sum(x.numel() for x in given) < SMALL:
             return func(*args, **kwargs)
         args_on_meta, options = pytree.tree_map_only(Tensor, _shape, (args, kwargs))
+        if "device" in options:
+            options["device"] = "meta"
         result = func(*args_on_meta, **options)
         return args[0] if func._schema.is_mutable else pytree.tree_map_only(Tensor, _empty, result)
 

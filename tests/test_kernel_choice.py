@@ -19,6 +19,7 @@ EXPECTED = {
     "vit_tiny_patch16_224": ((48, 12), {PYTORCH: 1}),
     "vit_so400m_patch14_siglip_gap_224": ((108, 27), {}),  # 72 channels a head, 4304 hidden
     "vit_giant_patch14_reg4_dinov2": ((200, 40), {}),  # SwiGLU, of two linears and one
+    "aimv2_large_patch14_224": ((120, 24), {}),  # PyTorch's own RMSNorm
     "vit_base_patch16_dinov3": ((48, 12), {}),
     "eva02_tiny_patch14_224": ((60, 12), {}),
 }
@@ -65,7 +66,10 @@ def test_nothing_is_computed():
         total = x.transpose(0, 1).reshape(64, -1).float() @ torch.ones(4096, 3)
         view, small = x[:, 1:], torch.arange(3) + 1
         x.mul_(0)
+        cast = x.to("cpu", torch.bfloat16)
+        normed = torch.nn.functional.rms_norm(cast, (64,))
     assert total.shape == (64, 3)
+    assert normed.dtype == cast.dtype == torch.bfloat16
     assert view.data_ptr() == x[:, 1:].data_ptr()
     assert small.tolist() == [1, 2, 3]
     assert bool((x == 1).all())

@@ -47,8 +47,8 @@ def _inside(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _pointers(matrix, tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     # one 64-bit base a tile and 32-bit offsets within it, to save registers
-    base = matrix.ptr + tl.cast(tile.row, tl.int64) * matrix.stride_m
-    base += tl.cast(tile.col, tl.int64) * matrix.stride_n
+    base = matrix.ptr + tile.row.to(tl.int64) * matrix.stride_m
+    base += tile.col.to(tl.int64) * matrix.stride_n
     rows = tl.arange(0, ROWS)[:, None] * matrix.stride_m
     return base + (rows + tl.arange(0, COLS)[None, :] * matrix.stride_n)
 

@@ -448,6 +448,7 @@ def test_what_they_cannot_take_has_a_reason():
         ({"k": metas[1]._replace(strides=(2 * 197 * 68, 197 * 68, 68, 1))}, 1.0, "k's rows"),
         ({"k": metas[1]._replace(strides=(197 * 64, 0, 64, 1))}, 1.0, "k's rows"),
         ({"mask": mask}, 1.0, "side by side"),
+        ({"mask": mask._replace(shape=(197, 197), strides=(2**24, 1))}, 1.0, "32 bits count"),
         ({"cos": cos, "sin": cos}, 1.0, "rotary"),
         ({}, 0.0, "scale 0.0"),
         ({"q": describe(torch.empty(197, 384, dtype=HALF))[0], "k": None, "v": None,

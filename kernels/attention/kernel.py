@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastvit.kernels._tiles import Matrix, Tile, load, multiply
+from fastvit.kernels._tiles import Matrix, multiply
 
 LOG2E = tl.constexpr(1.4426950408889634)
 IMAGES_AT_ONCE = tl.constexpr(128)
@@ -304,15 +304,18 @@ def times(parts, factor):
 
 
 @triton.jit
-def score(a, b, mask, tile, FORM: tl.constexpr):
-    """log2(e) * (a b^T * scale + mask), `tile` of all scores. Either of a and b may be the
-    queries."""
+def score(a, b, mask, rows, cols, rows_limit, cols_limit, FORM: tl.constexpr):
+    """log2(e) * (a b^T * scale + mask), [rows, cols]. Either of a and b may be the queries."""
     scores = product(a, b, FORM) * (FORM.scale * LOG2E)
     if mask is not None:
-        bias = load(mask, tile, scores)
+        # 64-bit: a mask of 46,341 queries and keys has 2^31 elements
+        ptrs = mask.ptr + rows[:, None].to(tl.int64) * mask.stride_m
+        ptrs += cols[None, :].to(tl.int64) * mask.stride_n
+        inside = (rows[:, None] < rows_limit) & (cols[None, :] < cols_limit)
         if mask.ptr.dtype.element_ty == tl.int1:
-            scores = tl.where(bias != 0.0, scores, -float("inf"))
+            scores = tl.where(tl.load(ptrs, mask=inside, other=0), scores, -float("inf"))
         else:
+            bias = tl.load(ptrs, mask=inside, other=0.0).to(FORM.acc)
             # the lowest float stands for "no key", but leaves a query without any a plain average
             bias = tl.where(bias > -float("inf"), tl.maximum(bias, -2e38), bias)
             scores += bias * LOG2E
@@ -321,12 +324,12 @@ def score(a, b, mask, tile, FORM: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, k, v, mask, rope, row, start, N, M,
+    acc, row_sum, row_max, q, k, v, mask, rope, rows, start, N, M,
     FORM: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Online-softmax step over keys [start, start + KEYS); only the TAIL step masks its keys."""
     keys = start + tl.arange(0, KEYS)
-    scores = score(q, load_turned(k, keys, M, rope, TAIL, FORM), mask, Tile(row, start, N, M), FORM)
+    scores = score(q, load_turned(k, keys, M, rope, TAIL, FORM), mask, rows, keys, N, M, FORM)
     if TAIL:
         scores = tl.where(keys[None, :] < M, scores, -float("inf"))
 
@@ -360,8 +363,7 @@ def attention_kernel(
     sizes = Sizes(H, N, M, images, stride_stat)
     at = find_block(cu_ptr, sizes, N, BLOCK_M)
     N, M = at.N, at.M
-    row = at.block * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
+    rows = at.block * BLOCK_M + tl.arange(0, BLOCK_M)
     k, v = head_at(k, at, FORM.align), head_at(v, at, FORM.align)
     if mask is not None:
         mask = head_at(mask, at, 1)
@@ -375,12 +377,12 @@ def attention_kernel(
     full = tl.maximum(M - 1, 0) // BLOCK_N * BLOCK_N if TAIL > 0 else M
     for start in range(0, full, BLOCK_N):
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, queries, k, v, mask, rope, row, start, N, M,
+            acc, row_sum, row_max, queries, k, v, mask, rope, rows, start, N, M,
             FORM, BLOCK_N, False,
         )  # fmt: skip
     if TAIL > 0:
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, queries, k, v, mask, rope, row, full, N, M, FORM, TAIL, True
+            acc, row_sum, row_max, queries, k, v, mask, rope, rows, full, N, M, FORM, TAIL, True
         )
 
     # a query that may look nowhere has a sum of 0 and gets zeros

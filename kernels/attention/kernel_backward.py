@@ -54,13 +54,13 @@ def _load_statistics(stat, rows, N, sizes, MASKED: tl.constexpr):
 
 @triton.jit
 def _dq_step(
-    dq, q, g, peak, norm, delta, k, v, mask, rope, row, start, N, M,
+    dq, q, g, peak, norm, delta, k, v, mask, rope, rows, start, N, M,
     FORM: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """dq + dS K over keys [start, start + KEYS); only the TAIL step masks its keys."""
     keys = start + tl.arange(0, KEYS)
     turned = load_turned(k, keys, M, rope, TAIL, FORM)
-    scores = score(q, turned, mask, Tile(row, start, N, M), FORM)
+    scores = score(q, turned, mask, rows, keys, N, M, FORM)
     if TAIL:
         scores = tl.where(keys[None, :] < M, scores, -float("inf"))
     values = load_parts(v, keys, M, TAIL, FORM)
@@ -71,7 +71,7 @@ def _dq_step(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q, grad, stat, delta_ptr, mask, rope, key, start, N, M, sizes,
+    dk, dv, k, v, q, grad, stat, delta_ptr, mask, rope, keys, start, N, M, sizes,
     FORM: tl.constexpr, QUERIES: tl.constexpr, TAIL: tl.constexpr, HAS_DK: tl.constexpr,
     HAS_DV: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _dkv_step(
         delta = tl.load(delta_ptr + rows, mask=rows < N, other=0.0)
     else:
         delta = tl.load(delta_ptr + rows)
-    scores = score(k, turned, mask, Tile(key, start, M, N), FORM)  # (keys, queries)
+    scores = score(k, turned, mask, keys, rows, M, N, FORM)  # (keys, queries)
     weights = tl.exp2(scores - peak[None, :]) * norm[None, :]
     g = load_parts(grad, rows, N, TAIL, FORM)
     if HAS_DV:
@@ -109,8 +109,7 @@ def attention_backward_q_kernel(
     sizes = Sizes(H, N, M, images, stride_stat)
     at = find_block(cu_ptr, sizes, N, BLOCK_M)
     N, M = at.N, at.M
-    row = at.block * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
+    rows = at.block * BLOCK_M + tl.arange(0, BLOCK_M)
     k, v = head_at(k, at, FORM.align), head_at(v, at, FORM.align)
     if mask is not None:
         mask = head_at(mask, at, 1)
@@ -130,12 +129,12 @@ def attention_backward_q_kernel(
         full = tl.maximum(M - 1, 0) // BLOCK_N * BLOCK_N if TAIL > 0 else M
         for start in range(0, full, BLOCK_N):
             sums = _dq_step(
-                sums, queries, g, peak, norm, delta, k, v, mask, rope, row, start, N, M,
+                sums, queries, g, peak, norm, delta, k, v, mask, rope, rows, start, N, M,
                 FORM, BLOCK_N, False,
             )  # fmt: skip
         if TAIL > 0:
             sums = _dq_step(
-                sums, queries, g, peak, norm, delta, k, v, mask, rope, row, full, N, M,
+                sums, queries, g, peak, norm, delta, k, v, mask, rope, rows, full, N, M,
                 FORM, TAIL, True,
             )  # fmt: skip
         sums = times(sums, FORM.scale * (M > 1).to(FORM.acc))
@@ -159,8 +158,7 @@ def attention_backward_kv_kernel(
     sizes = Sizes(H, N, M, images, stride_stat)
     at = find_block(cu_ptr, sizes, M, BLOCK_N)
     N, M = at.N, at.M
-    key = at.block * BLOCK_N
-    keys = key + tl.arange(0, BLOCK_N)
+    keys = at.block * BLOCK_N + tl.arange(0, BLOCK_N)
     q, grad = head_at(q, at, FORM.align), head_at(grad, at, FORM.align)
     stat, delta = queries_at(stat_ptr, at, sizes), queries_at(delta_ptr, at, sizes)
     if mask is not None:
@@ -175,12 +173,12 @@ def attention_backward_kv_kernel(
     full = tl.maximum(N - 1, 0) // BLOCK_M * BLOCK_M if TAIL > 0 else N
     for start in range(0, full, BLOCK_M):
         dk_sums, dv_sums = _dkv_step(
-            dk_sums, dv_sums, k, v, q, grad, stat, delta, mask, rope, key, start, N, M, sizes,
+            dk_sums, dv_sums, k, v, q, grad, stat, delta, mask, rope, keys, start, N, M, sizes,
             FORM, BLOCK_M, False, dk is not None, dv is not None,
         )  # fmt: skip
     if TAIL > 0:
         dk_sums, dv_sums = _dkv_step(
-            dk_sums, dv_sums, k, v, q, grad, stat, delta, mask, rope, key, full, N, M, sizes,
+            dk_sums, dv_sums, k, v, q, grad, stat, delta, mask, rope, keys, full, N, M, sizes,
             FORM, TAIL, True, dk is not None, dv is not None,
         )  # fmt: skip
     if dv is not None:
@@ -215,8 +213,8 @@ def attention_backward_bias_kernel(
     blocks = tl.cdiv(N, BLOCK_M) * across
     pid = tl.program_id(0)
     which = pid // blocks
-    tile = Tile(pid % blocks // across * BLOCK_M, pid % across * BLOCK_N, N, M)
-    rows, keys = tile.row + tl.arange(0, BLOCK_M), tile.col + tl.arange(0, BLOCK_N)
+    rows = pid % blocks // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys = pid % across * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=FORM.acc)
     for i in range(shared.batches * shared.heads):
         batch = (which // shared.bias_heads + i // shared.heads).to(tl.int64)
@@ -227,7 +225,7 @@ def attention_backward_bias_kernel(
             turn = rope_at(rope, at)
         queries = load_turned(head_at(q, at, FORM.align), rows, N, turn, True, FORM)
         turned = load_turned(head_at(k, at, FORM.align), keys, M, turn, True, FORM)
-        scores = score(queries, turned, head_at(mask, at, 1), tile, FORM)
+        scores = score(queries, turned, head_at(mask, at, 1), rows, keys, N, M, FORM)
         g = load_parts(head_at(grad, at, FORM.align), rows, N, True, FORM)
         values = load_parts(head_at(v, at, FORM.align), keys, M, True, FORM)
         peak, norm = _load_statistics(queries_at(stat_ptr, at, sizes), rows, N, sizes, True)
@@ -236,4 +234,5 @@ def attention_backward_bias_kernel(
         total += weights * (product(g, values, FORM) - delta[:, None])
 
     total *= (M > 1).to(FORM.acc)
-    store(Matrix(db_ptr + which.to(tl.int64) * N * M, M, 1), tile, total)
+    out = Matrix(db_ptr + which.to(tl.int64) * N * M, M, 1)
+    store(out, Tile(pid % blocks // across * BLOCK_M, pid % across * BLOCK_N, N, M), total)

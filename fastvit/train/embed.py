@@ -200,7 +200,7 @@ def embed(
     inputs, missing = distributed.on_first(prepare)
     parts = _parts(inputs, shard_size)
     mine = missing[distributed.rank() :: distributed.world()]
-    listed = _Listed(source if source.is_dir() else source.parent, parts, batch_size, skip_broken)
+    listed = _Listed(source if source.is_dir() else source.parent, parts, batch_size)
     decoded: Any = _Decoded(config)
     encode = _Encoder(model, Data(decoded, decoded, (), *config.stats()), device, amp)
     width = encode(Batch(torch.zeros(1, *decoded.shape), torch.zeros(1))).shape[1]
@@ -214,6 +214,7 @@ def embed(
     with started(loader) as batches:
         for number in mine:
             entries, broken = listed[number]
+            _refuse(broken, skip_broken)
             names: list[str] = []
             found = [torch.empty(0, width)]
             for first, chunk in enumerate(listed.batches(number)):
@@ -248,15 +249,14 @@ class _Listed(dict[int, tuple[list[Entry], list[str]]]):
     """Entries of a part, and a damaged tar of it: listed once, by the loader, which is ahead, or by
     the loop that writes."""
 
-    def __init__(self, root: Path, parts: list[list[str]], batch_size: int, skip: bool) -> None:
+    def __init__(self, root: Path, parts: list[list[str]], batch_size: int) -> None:
         super().__init__()
-        self.root, self.parts, self.batch_size, self.skip = root, parts, batch_size, skip
+        self.root, self.parts, self.batch_size = root, parts, batch_size
 
     def __missing__(self, number: int) -> tuple[list[Entry], list[str]]:
         try:
             self[number] = list(_entries(self.root, self.parts[number])), []
         except ValueError as error:
-            _refuse([str(error)], self.skip)
             self[number] = [], [str(error)]
         return self[number]
 

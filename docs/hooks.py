@@ -3,14 +3,13 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COPY = ROOT / "build/docs/fastvit"  # mkdocs.yml's `paths`
 
 
-def on_config(config: Any) -> None:
-    """Copy the package, Python files only."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Copy the package, Python files only, before mkdocstrings looks for the folder."""
     shutil.rmtree(COPY, ignore_errors=True)
     for path in [*(ROOT / "fastvit").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         inside = path.relative_to(ROOT)

@@ -28,8 +28,9 @@ def check_floats(op: str, **tensors: Any) -> None:
 def check_same_dtype(op: str, x: Any, **others: Any) -> None:
     """Of one dtype, unless autocast is about to cast them."""
     for name, tensor in others.items():
-        mixed = tensor is not None and tensor.dtype != x.dtype
-        if mixed and not torch.is_autocast_enabled(x.device.type):
+        if tensor is None or tensor.dtype == x.dtype:
+            continue
+        if not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{op}: {name} is {tensor.dtype} but the input is {x.dtype}")
 
 

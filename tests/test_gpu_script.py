@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastvit.bench import records
 from fastvit.kernels.specs import all_specs
 
@@ -88,6 +90,7 @@ def results(folder: Path, step: str) -> list[dict[str, Any]]:
     return [result for result in read(folder, record)["results"] if result["step"] == step]
 
 
+@pytest.mark.slow
 def test_a_dry_run_walks_through_every_step_and_none_is_run_twice(tmp_path: Path):
     """In a copy without .git, as an archive is."""
     archive, out, modules = (tmp_path / name for name in ("archive", "out", "modules"))

@@ -18,10 +18,8 @@ GELU_P8 = tl.constexpr(3.57245947e-11)
 
 
 @triton.jit
-def normal_cdf_polynomial(x):
-    """The normal distribution's Phi(x), exact to 4e-5 / |x|, with no call of a special function."""
-    t = tl.minimum(tl.maximum(x, -GELU_CLAMP), GELU_CLAMP)
-    s = t * t
+def gelu_series(s):
+    """P(s), for s = t^2."""
     p = GELU_P8 * s + GELU_P7
     p = p * s + GELU_P6
     p = p * s + GELU_P5
@@ -29,7 +27,14 @@ def normal_cdf_polynomial(x):
     p = p * s + GELU_P3
     p = p * s + GELU_P2
     p = p * s + GELU_P1
-    p = p * s + GELU_P0
+    return p * s + GELU_P0
+
+
+@triton.jit
+def normal_cdf_polynomial(x):
+    """The normal distribution's Phi(x), exact to 4e-5 / |x|, with no call of a special function."""
+    t = tl.minimum(tl.maximum(x, -GELU_CLAMP), GELU_CLAMP)
+    p = gelu_series(t * t)
     return tl.minimum(tl.maximum(p * t + 0.5, 0.0), 1.0)
 
 

@@ -7,9 +7,9 @@ Kernels run in the interpreter, in float64 where the arithmetic (not its roundin
 import functools
 import json
 
+import fresh
 import pytest
 import torch
-from test_audit import in_fresh_process
 
 from fastvit import ops
 from fastvit.kernels import _tuning
@@ -119,7 +119,7 @@ print(json.dumps(keys))
 
 def test_other_sizes_are_the_same_kernels():
     """None of these calls would compile what another has not compiled."""
-    first, *others = json.loads(in_fresh_process(RECORD))
+    first, *others = json.loads(fresh.python("-c", RECORD))
     assert len(first) == 4  # forward, the same for training, two phases backward
     assert all(keys == first for keys in others)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 from fastvit.audit import (
@@ -32,15 +33,6 @@ print(json.dumps(rows))
 """
 
 
-def in_fresh_process(code: str, *args: str, **extra: str) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | extra
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 SLOW = [
     pytest.param(arch, "all", marks=pytest.mark.slow)
     for arch in ("sm80", "sm90", "sm100", "gfx942")
@@ -51,7 +43,7 @@ SLOW = [
 @pytest.mark.parametrize(("arch", "sizes"), [("sm90", "real"), *SLOW])
 @pytest.mark.parametrize("name", specs_with_kernels())
 def test_every_kernel_compiles_well(name, arch, sizes):
-    rows = json.loads(in_fresh_process(AUDIT, name, arch, sizes))
+    rows = json.loads(fresh.python("-c", AUDIT, name, arch, sizes))
     assert bool(rows) != (specs_with_kernels()[name].fp8 and arch in ("sm80", "gfx942"))
     assert not [row for row in rows if row[2]]
     # at the sizes of real models no tile is loaded by less than 4 bytes (patch 14's), most by 16; a
@@ -83,7 +75,7 @@ print(json.dumps([len(queries), unreached]))
 
 
 def test_the_audit_reaches_every_row_of_every_table():
-    count, unreached = json.loads(in_fresh_process(ROWS))
+    count, unreached = json.loads(fresh.python("-c", ROWS))
     assert count > 100
     assert not unreached
 
@@ -143,8 +135,8 @@ for kernel, arguments, (num_warps, num_stages), arch in (
 
 def planted_problems(path: Path, **env: str) -> list[str]:
     path.write_text(PLANT)  # Triton reads the source of a kernel from its file
-    return in_fresh_process(
-        "import runpy, sys; runpy.run_path(sys.argv[1])", str(path), **env
+    return fresh.python(
+        "-c", "import runpy, sys; runpy.run_path(sys.argv[1])", str(path), **env
     ).splitlines()
 
 
@@ -252,8 +244,9 @@ def test_the_command_refuses_what_it_does_not_know():
 
 
 def test_the_command_prints_a_table_and_its_verdict():
-    printed = in_fresh_process(
-        "from fastvit.cli.main import app; app(['audit', '--arch', 'sm90', '--op', 'rms_norm'])"
+    printed = fresh.python(
+        "-c",
+        "from fastvit.cli.main import app; app(['audit', '--arch', 'sm90', '--op', 'rms_norm'])",
     )
     assert "sm90, rms_norm" in printed
     assert "compiled kernels are sound" in printed
@@ -276,15 +269,15 @@ print(len(compiled))
 def test_what_was_compiled_is_kept(tmp_path):
     """By all that decides the machine code; a damaged record is none."""
     kept = {"FASTVIT_CACHE": str(tmp_path)}
-    first, compiled = in_fresh_process(KEPT, "sm90", **kept).splitlines()
+    first, compiled = fresh.python("-c", KEPT, "sm90", **kept).splitlines()
     assert compiled == "2"
-    assert in_fresh_process(KEPT, "sm90", **kept).splitlines() == [first, "0"]
-    assert in_fresh_process(KEPT, "sm80", **kept).splitlines()[1] == "2"
+    assert fresh.python("-c", KEPT, "sm90", **kept).splitlines() == [first, "0"]
+    assert fresh.python("-c", KEPT, "sm80", **kept).splitlines()[1] == "2"
     records = sorted((tmp_path / "audit").iterdir())
     assert len(records) == 4
     for record in records:
         record.write_text("{")
-    assert in_fresh_process(KEPT, "sm90", **kept).splitlines() == [first, "2"]
+    assert fresh.python("-c", KEPT, "sm90", **kept).splitlines() == [first, "2"]
 
 
 ONE_KEY = """
@@ -319,6 +312,6 @@ print(len(found), len(keys), several)
 
 def test_a_prepared_launch_is_one_compiled_kernel():
     """Else it would launch what was compiled for other operands."""
-    launches, prepared, *several = in_fresh_process(ONE_KEY).split()
+    launches, prepared, *several = fresh.python("-c", ONE_KEY).split()
     assert int(launches) > int(prepared) > 100
     assert several == ["[]"]

@@ -6,11 +6,9 @@ blocks that are then added pass the policy even beside a pairwise sum, the best 
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pytest
 
@@ -139,11 +137,7 @@ print(json.dumps(texts))
 def test_the_compiler_keeps_the_levels_apart():
     """Every float32 product starts from zero; an optimiser that passed it the sum so far would
     make one chain of all."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, check=True
-    )
-    for name, text in json.loads(done.stdout).items():
+    for name, text in json.loads(fresh.python("-c", COMPILED)).items():
         starts = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", text)
         assert starts, name
         zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00> : tensor<\S+f32", text))

@@ -1,12 +1,10 @@
 """CUDA graphs in `accelerate` on a GPU; `test_graphs.py` tests the rest without one."""
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from test_graphs import assign, move, new_head, plain, pooling, replace, taller_positions
@@ -49,14 +47,10 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 def test_gpu_kernels_in_graphs():
     """In a process of its own, because this one interprets kernels. The same kernels run with and
     without a graph, so that even bfloat16 gives the same numbers."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     code += "from fastvit._compat import import_timm; import_timm()\n" + KERNELS
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    errors = [float(line) for line in done.stdout.splitlines() if not line.startswith("torch.")]
+    printed = fresh.python("-c", code)
+    errors = [float(line) for line in printed.splitlines() if not line.startswith("torch.")]
     assert len(errors) == 12
     assert max(errors) <= TOLERANCE
 

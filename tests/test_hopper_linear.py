@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fresh
 import gluon_sim as sim
 import numpy as np
 import pytest
@@ -669,13 +667,8 @@ def test_the_driver_gets_what_tritons_own_launch_gives_it():
         base | {"operands": operands}
         for operands in (["bias"], ["bias", "residual"], ["scale", "pre"])
     ]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     code = f"CONFIGURATIONS = {json.dumps(configurations)!r}\n{EXPAND}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == [3, 4, 4]
+    assert json.loads(fresh.python("-c", code)) == [3, 4, 4]
 
 
 def test_nobody_imports_gluon_before_a_hopper_gpu_asks():
@@ -691,9 +684,4 @@ def test_nobody_imports_gluon_before_a_hopper_gpu_asks():
         "    prepare(x, w, None, None, None, None, 'none', 'highest')\n"
         "print([name for name in sys.modules if name.startswith('triton.experimental')])\n"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["pingpong", "[]"]
+    assert fresh.python("-c", code).split() == ["pingpong", "[]"]

@@ -1,10 +1,8 @@
 """`fastvit bench host`: what a forward costs the host."""
 
 import json
-import os
-import subprocess
-import sys
 
+import fresh
 from typer.testing import CliRunner
 
 from fastvit.bench.host import count_calls
@@ -15,13 +13,11 @@ NAME = "vit_tiny_patch16_224"
 
 def measured(*options):
     """In a process whose kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastvit.cli.main", "bench", "host", *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return fresh.python("-m", "fastvit.cli.main", "bench", "host", *options)
 
 
 def test_ours_costs_the_host_no_more_calls_than_timms():
-    found = json.loads(measured(NAME, "--json").stdout)
+    found = json.loads(measured(NAME, "--json"))
     ours, theirs = found["ours"], found["theirs"]
     assert 0 < ours["calls"] <= theirs["calls"]
     # each block's norms, linears and attention; patch embedding and its prefix, last norm, head
@@ -32,7 +28,7 @@ def test_ours_costs_the_host_no_more_calls_than_timms():
 
 
 def test_the_table_has_a_row_for_each():
-    out = measured(NAME, "--batch", "2").stdout
+    out = measured(NAME, "--batch", "2")
     assert f"{NAME}, 2" in out
     assert "fastvit" in out
     assert "timm" in out

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 
 STAND_IN = '''
@@ -99,13 +100,8 @@ def in_stand_in(code: str, folder: Path, **extra: str) -> Any:
     """What `code` prints as JSON, run after `STAND_IN`."""
     path = folder / "launches.py"  # Triton reads the source of a kernel from its file
     path.write_text(STAND_IN + code)
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])", path],
-        env=env | extra, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    run = "import runpy, sys; runpy.run_path(sys.argv[1])"
+    return json.loads(fresh.python("-c", run, path, **extra))
 
 
 SAME = '''

@@ -6,12 +6,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import triton
@@ -32,15 +31,10 @@ OLDER = pytest.param(
 @functools.cache
 def compiled(configurations: str = "", folder: str = "") -> dict[str, Any]:
     """What ``python -m fastvit.ledger`` prints, with the triton in `folder` if that is given."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if folder:
-        env["PYTHONPATH"] = os.pathsep.join([folder, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    done = subprocess.run(
-        [sys.executable, "-m", "fastvit.ledger", *([configurations] if configurations else [])],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    given = [configurations] if configurations else []
+    path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    extra = {"PYTHONPATH": path} if folder else {}
+    return json.loads(fresh.python("-m", "fastvit.ledger", *given, **extra))
 
 
 @pytest.mark.parametrize("folder", ["", OLDER])
@@ -119,12 +113,8 @@ def test_the_state_in_a_line(tmp_path):
     """What `doctor` and `audit` print: nothing is compiled but where that is asked for."""
     if triton.__version__ not in ENTRIES[0]["fingerprints"]:
         pytest.skip("no fingerprint for this triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["FASTVIT_CACHE"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", STATE], env=env, capture_output=True, text=True, check=True
-    )
-    before, now, after, other, unheard = done.stdout.splitlines()
+    printed = fresh.python("-c", STATE, FASTVIT_CACHE=str(tmp_path))
+    before, now, after, other, unheard = printed.splitlines()
     assert "1 not compared" in before
     assert now.endswith(("1 proven", "1 same source"))
     assert after == now
@@ -150,13 +140,7 @@ for spec in all_specs().values():
 
 def test_a_case_for_a_gpu_has_a_configuration():
     """From which the same machine code comes; only masks have none."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["FASTVIT_BACKEND"] = "auto"
-    done = subprocess.run(
-        [sys.executable, "-c", PROVABLE], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = Counter(done.stdout.splitlines())
+    found = Counter(fresh.python("-c", PROVABLE, FASTVIT_BACKEND="auto").splitlines())
     assert found["attention None"] == 4  # bool mask, bias
     assert found["linear pingpong"] == 10
     assert found["linear coop"] == 2

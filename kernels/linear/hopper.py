@@ -37,19 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastvit.kernels._activations import (
-    GELU_CLAMP,
-    GELU_P0,
-    GELU_P1,
-    GELU_P2,
-    GELU_P3,
-    GELU_P4,
-    GELU_P5,
-    GELU_P6,
-    GELU_P7,
-    GELU_P8,
-    activate,
-)
+from fastvit.kernels._activations import GELU_CLAMP, activate, gelu_series
 from fastvit.kernels._hopper_e4m3 import E4M3, GELU_E4M3, as_pairs, e4m3_pairs
 
 CONSUMERS = gl.constexpr(2)
@@ -450,15 +438,7 @@ def _gelu_polynomial(x):
     Beyond the clamp P stays at its last value, which overshoots, so that x P + 1/2 is past 0 or 1
     there too. NaN: the clamped part becomes 0, and x * 0 is NaN again.
     """
-    s = gl.minimum(x * x, GELU_CLAMP_SQUARED)
-    p = GELU_P8 * s + GELU_P7
-    p = p * s + GELU_P6
-    p = p * s + GELU_P5
-    p = p * s + GELU_P4
-    p = p * s + GELU_P3
-    p = p * s + GELU_P2
-    p = p * s + GELU_P1
-    p = p * s + GELU_P0
+    p = gelu_series(gl.minimum(x * x, GELU_CLAMP_SQUARED))
     cdf = gl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, $2, 0f3F000000;", "=f,f,f", [p, x],
         dtype=gl.float32, is_pure=True, pack=1,

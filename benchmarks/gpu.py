@@ -145,7 +145,7 @@ def run_step(step: Step, settings: Settings, done: set[str]) -> int:
     """Inside the step's process: every item that is not `done`, each told at once."""
     import torch
 
-    from fastvit.environment import environment
+    from fastvit.check.environment import environment
 
     if settings.dry_run:
         shrink()

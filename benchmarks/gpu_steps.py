@@ -141,7 +141,7 @@ def proof_items(settings: Settings) -> dict[str, Item]:
     """For the ledger: each of Hopper's kernels that a case for GPUs takes."""
     import torch
 
-    from fastvit import ledger
+    from fastvit.check import ledger
     from fastvit.kernels._spec import Case, OpSpec
     from fastvit.kernels.specs import all_specs
 

@@ -269,7 +269,7 @@ def run_to_output(prepared: Output, *tensors: Any) -> Tensor:
     return y
 
 
-# set by `fastvit.launches`
+# set by `fastvit.check.launches`
 _stub: _Ready | None = None  # launches in a GPU's place
 _record: list[tuple[Prepared, tuple[Any, ...]]] | None = None  # keeps what would be launched
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fastvit.accelerate import accelerate, restore
 from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.plan import Plan, make_plan
-from fastvit.coverage_models import architectures, build_small, heads_of
+from fastvit.check.models import architectures, build_small, heads_of
 from fastvit.numerics import randomise
 
 # together they have every value of `axes`

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastvit.accelerate import accelerate, explain, restore
 from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.plan import make_plan
-from fastvit.coverage_models import build_small
+from fastvit.check.models import build_small
 
 ROPE, SPLIT, MIXED = (
     "vit_small_patch16_dinov3",

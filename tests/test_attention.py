@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastvit import ops
+from fastvit.check.launches import recorded, stubbed
 from fastvit.kernels._register import OPS
 from fastvit.kernels.attention.reference import attention_qkv_reference, attention_reference
-from fastvit.launches import recorded, stubbed
 
 # a few thousand roundings of 1e-16
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)

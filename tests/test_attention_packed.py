@@ -94,7 +94,7 @@ RECORD = """
 import json, torch
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import create_function_from_signature
-from fastvit.launches import recorded
+from fastvit.check.launches import recorded
 from fastvit.kernels._register import OPS
 op = OPS["attention_packed"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import fresh
 import pytest
 
-from fastvit.audit import (
+from fastvit.check.audit import (
     Compiled,
     buffer_depths,
     count_in_sass,
@@ -22,7 +22,7 @@ from fastvit.audit import (
 # A fresh process, because kernels of this one are interpreted.
 AUDIT = """
 import json, sys
-from fastvit import audit
+from fastvit.check import audit
 op, arch, sizes = sys.argv[1:]
 spec = audit.specs_with_kernels()[op]
 real = [case.name for case in spec.bench_cases]
@@ -53,7 +53,7 @@ def test_every_kernel_compiles_well(name, arch, sizes):
 
 ROWS = """
 import json
-from fastvit import audit
+from fastvit.check import audit
 from fastvit.kernels import _tuning
 
 queries = set()
@@ -83,7 +83,7 @@ def test_the_audit_reaches_every_row_of_every_table():
 PLANT = """
 import torch, triton, triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from fastvit import audit
+from fastvit.check import audit
 
 @triton.jit
 def spilling(x_ptr, y_ptr, n, SIZE: tl.constexpr):
@@ -254,7 +254,7 @@ def test_the_command_prints_a_table_and_its_verdict():
 
 KEPT = """
 import sys
-from fastvit import audit
+from fastvit.check import audit
 from fastvit.kernels import _tuning
 spec = audit.specs_with_kernels()["rms_norm"]
 compiled = []
@@ -282,9 +282,9 @@ def test_what_was_compiled_is_kept(tmp_path):
 
 ONE_KEY = """
 import torch
-from fastvit import audit
+from fastvit.check import audit
 from fastvit.kernels import _device
-from fastvit.launches import recorded
+from fastvit.check.launches import recorded
 from fastvit.kernels.specs import all_specs
 
 keys, several = {}, []

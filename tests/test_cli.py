@@ -16,7 +16,8 @@ from seeds import SEED
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastvit import environment, numerics, ops
+from fastvit import numerics, ops
+from fastvit.check import environment
 from fastvit.cli import _shared
 from fastvit.cli.main import app
 from fastvit.cli.numerics import choose_path

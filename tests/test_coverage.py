@@ -10,9 +10,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastvit
-from fastvit import coverage, obstacles
+from fastvit import obstacles
+from fastvit.check import coverage
+from fastvit.check.coverage import Covered, Library, cover, select
 from fastvit.cli.main import app
-from fastvit.coverage import Covered, Library, cover, select
 
 ONE_EACH = [
     ("timm", "vit_tiny_patch16_224"),

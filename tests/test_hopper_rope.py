@@ -9,6 +9,7 @@ import seeds
 import torch
 
 from fastvit import ops
+from fastvit.check.launches import recorded
 from fastvit.kernels import _backend, _device, _hopper, _tuning
 from fastvit.kernels._backend import describe
 from fastvit.kernels._tuning import TileConfig
@@ -16,7 +17,6 @@ from fastvit.kernels.attention import hopper_plan
 from fastvit.kernels.attention.hopper_plan import HALF
 from fastvit.kernels.attention.launch import Options, prepare, run
 from fastvit.kernels.attention.reference import attention_reference, rotate, unpack
-from fastvit.launches import recorded
 from fastvit.numerics import measure
 
 SEED = seeds.SEED

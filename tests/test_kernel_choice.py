@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastvit import kernel_choice, launches
+from fastvit.check import kernel_choice, launches
+from fastvit.check.kernel_choice import PYTORCH, kernels_of
 from fastvit.cli.main import app
-from fastvit.kernel_choice import PYTORCH, kernels_of
 
 FEW = "so few heads are not worth a launch that turns q and k"
 # linears and attentions that take one of Hopper's kernels at batch 256, and why others do not

@@ -15,9 +15,9 @@ import pytest
 import torch
 import triton
 
-from fastvit import ledger
+from fastvit.check import ledger
+from fastvit.check.ledger import entries, fingerprint, label, ledger_path, record, verdict
 from fastvit.kernels.specs import all_specs
-from fastvit.ledger import entries, fingerprint, label, ledger_path, record, verdict
 
 LINEAR, FP8, ATTENTION = entries("linear"), entries("linear_fp8"), entries("attention")
 ENTRIES = LINEAR + FP8 + ATTENTION
@@ -30,11 +30,11 @@ OLDER = pytest.param(
 
 @functools.cache
 def compiled(configurations: str = "", folder: str = "") -> dict[str, Any]:
-    """What ``python -m fastvit.ledger`` prints, with the triton in `folder` if that is given."""
+    """What ``python -m fastvit.check.ledger`` prints, with the triton of `folder` if given."""
     given = [configurations] if configurations else []
     path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     extra = {"PYTHONPATH": path} if folder else {}
-    return json.loads(fresh.python("-m", "fastvit.ledger", *given, **extra))
+    return json.loads(fresh.python("-m", "fastvit.check.ledger", *given, **extra))
 
 
 @pytest.mark.parametrize("folder", ["", OLDER])
@@ -97,7 +97,7 @@ def test_verdicts():
 
 STATE = """
 from types import SimpleNamespace
-from fastvit import audit, ledger
+from fastvit.check import audit, ledger
 first, *rest = ledger.all_entries()
 ledger.all_entries = lambda: [first]
 print(ledger.state())
@@ -125,7 +125,7 @@ def test_the_state_in_a_line(tmp_path):
 
 PROVABLE = """
 import torch
-from fastvit import audit, ledger
+from fastvit.check import audit, ledger
 from fastvit.kernels.specs import all_specs
 for spec in all_specs().values():
     for case in spec.gpu_cases * (not spec.fp8):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import numerics, ops
+from fastvit.check.launches import recorded
 from fastvit.kernels import _device
 from fastvit.kernels._hopper_cases import certified
 from fastvit.kernels.linear.reference import linear_reference
 from fastvit.kernels.specs import all_specs
-from fastvit.launches import recorded
 
 TRUTH = torch.linspace(-1.75, 1.75, 64, dtype=torch.float64)
 ULP = torch.finfo(torch.float32).eps  # of 1.75, the largest value of TRUTH

@@ -10,7 +10,7 @@ from timm_models import TOLERANCE, error, reseed
 
 from fastvit import numerics
 from fastvit.accelerate import accelerate
-from fastvit.coverage_models import build_small
+from fastvit.check.models import build_small
 from fastvit.kernels import _backend
 
 # grouped queries and rotary; relative bias; post-norm; differential and parallel

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvit import launches
 from fastvit._compat import import_timm
 from fastvit.accelerate import accelerate
+from fastvit.check import launches
 
 TURNS, FORWARDS = 6, 5
 Forward = Callable[[], Any]

@@ -26,7 +26,7 @@ from fastvit import numerics, ops
 from fastvit.bench import timing
 from fastvit.bench.tables import Table, tile_fields, write_file
 from fastvit.bench.tiles import SPACES, Space, candidates, canonical, fits, label
-from fastvit.environment import environment
+from fastvit.check.environment import environment
 from fastvit.kernels import _backend, _device, _tuning
 from fastvit.kernels import specs as op_specs
 from fastvit.kernels._spec import Case, OpSpec

@@ -13,7 +13,7 @@ from rich.text import Text
 from fastvit.cli._shared import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from fastvit.audit import Audited
+    from fastvit.check.audit import Audited
 
 
 def audit(
@@ -31,7 +31,7 @@ def audit(
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise typer.BadParameter("unset TRITON_INTERPRET: interpreted kernels do not compile")
-    from fastvit import audit as auditing
+    from fastvit.check import audit as auditing
 
     specs = auditing.specs_with_kernels()
     _check("op", op, specs)
@@ -52,7 +52,7 @@ def audit(
     passed = not broken and not any(row.problems for row in rows)
     held = None
     if any(row.compiled.fingerprint for row in rows):
-        from fastvit import ledger
+        from fastvit.check import ledger
 
         held = ledger.state(compiling=not op)
     if as_json:
@@ -81,7 +81,7 @@ def _proof(row: Audited) -> str | None:
         return None
     import triton
 
-    from fastvit import ledger
+    from fastvit.check import ledger
 
     return ledger.verdict_of(row.compiled.fingerprint, triton.__version__)
 

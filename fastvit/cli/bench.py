@@ -56,7 +56,7 @@ def bench(
     What fails the numerics is not timed, and makes the exit status 1.
     """
     from fastvit.bench import report, timing
-    from fastvit.environment import environment
+    from fastvit.check.environment import environment
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

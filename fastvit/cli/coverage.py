@@ -16,8 +16,8 @@ from rich.text import Text
 from fastvit.cli._shared import console, errors, finite, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from fastvit.coverage import Covered
-    from fastvit.kernel_choice import Chosen
+    from fastvit.check.coverage import Covered
+    from fastvit.check.kernel_choice import Chosen
 
 PACKAGES = ("torch", "timm", "transformers", "torchvision", "open_clip_torch")
 
@@ -50,7 +50,7 @@ def coverage(
     are built whole, and launched nowhere: what is printed is the kernel that each linear and
     attention of a bfloat16 forward would take.
     """
-    from fastvit import coverage as covering
+    from fastvit.check import coverage as covering
 
     if arch is not None:
         _kernels(pattern, library, arch, batch, as_json)
@@ -77,8 +77,8 @@ def coverage(
 
 
 def _record(rows: list[Covered], absent: list[str]) -> dict[str, Any]:
-    from fastvit.coverage import TOLERANCE
-    from fastvit.environment import version
+    from fastvit.check.coverage import TOLERANCE
+    from fastvit.check.environment import version
 
     return {
         "passed": all(row.sound for row in rows),
@@ -187,9 +187,9 @@ def _kernels(
     pattern: str, library: list[str] | None, arch: str, batch: int, as_json: bool
 ) -> NoReturn:
     """Asks every launcher; exits with status 1 where an architecture raises."""
-    from fastvit import coverage as covering
-    from fastvit import kernel_choice
-    from fastvit.environment import version
+    from fastvit.check import coverage as covering
+    from fastvit.check import kernel_choice
+    from fastvit.check.environment import version
 
     if library not in (None, [], ["timm"]):
         raise typer.BadParameter("--arch knows timm's architectures only")

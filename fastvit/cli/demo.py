@@ -56,7 +56,7 @@ def demo(
 
     Exits with status 1 if the outputs disagree.
     """
-    from fastvit.environment import environment, version
+    from fastvit.check.environment import environment, version
 
     # timm's patch convolution would take TF32 in float32, three digits less than its other layers
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

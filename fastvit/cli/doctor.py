@@ -23,8 +23,8 @@ def doctor(
 
 def diagnosis() -> dict[str, Any]:
     """The environment, the path of CPU and GPU tensors with its reason, and the tuning tables."""
-    from fastvit import ledger
-    from fastvit.environment import environment
+    from fastvit.check import ledger
+    from fastvit.check.environment import environment
 
     facts = environment()
     paths = {}
@@ -71,7 +71,7 @@ def hopper_obstacle() -> str | None:
 
 def tuning_tables(arch: str | None) -> list[dict[str, Any]]:
     """Every table in the package, and whether a GPU of `arch` reads it."""
-    from fastvit.environment import PACKAGE
+    from fastvit.check.environment import PACKAGE
     from fastvit.kernels import _tuning
 
     tables = []

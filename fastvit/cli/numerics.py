@@ -242,7 +242,7 @@ def _completed(check: Callable[[], Report]) -> dict[str, Any]:
 
 def _record(entries: list[dict[str, Any]], settings: Settings, passed: bool) -> dict[str, Any]:
     from fastvit import numerics
-    from fastvit.environment import environment
+    from fastvit.check.environment import environment
 
     policy = {
         "truth": "the reference in float64, on inputs rounded to the tested dtype",
@@ -323,7 +323,7 @@ def _verdict(passed: bool) -> Text:
 
 
 def _print_summary(out: Any, entries: list[dict[str, Any]], settings: Settings) -> None:
-    from fastvit.environment import environment
+    from fastvit.check.environment import environment
     from fastvit.numerics import ALLOWED_RATIO
 
     facts = environment()

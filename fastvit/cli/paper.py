@@ -59,7 +59,7 @@ def paper(
 def _record(
     name: str, data: str, seeds: int, epochs: int, runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    from fastvit.environment import environment
+    from fastvit.check.environment import environment
     from fastvit.train import paper as experiments
 
     experiment = experiments.EXPERIMENTS[name]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvit.environment import environment
+from fastvit.check.environment import environment
 from fastvit.train import distributed, state
 from fastvit.train.curves import draw_curves
 from fastvit.train.data import Batch, Data, TrainBatches, eval_batches, make_loader

@@ -81,7 +81,7 @@ def weight_product_kernel(
     one of SPLIT parts of M (the last may be shorter or empty: zeros). The column tiles of one part
     share the sums of grad's rows among them: each adds up every so many blocks, in a loop of its
     own, because a tile that feeds a product may not feed a sum in the same loop (see
-    `fastvit/audit.py`)."""
+    `fastvit/check/audit.py`)."""
     pid = tl.program_id(0)
     tiles_k = tl.cdiv(K, BLOCK_K)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_k

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, Any]:

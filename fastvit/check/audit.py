@@ -36,12 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.check.launches import recorded
 from fastvit.kernels import _device
 from fastvit.kernels._launch import Prepared
 from fastvit.kernels._spec import Case, OpSpec
 from fastvit.kernels._tuning import cache_folder
 from fastvit.kernels.specs import all_specs
-from fastvit.launches import recorded
 
 _SHAPE = r"(\d+(?:x\d+)*)x"  # of a type in TTGIR
 # opcode of a matrix instruction on bfloat16 and float16, by architecture
@@ -101,8 +101,8 @@ class Compiled:
     per block, `matrix_ops` and `loop_spills` instruction counts (on AMD all spills count),
     `stores` those that write global memory, `narrow_loads` those of global loads of one or two
     bytes (None on AMD), `buffers` the depths of `buffer_depths`, `boxes` the elements of
-    `tma_boxes`, `blocks` how many fit one multiprocessor, `fingerprint` what `fastvit.ledger` knows
-    the machine code of a Gluon kernel by.
+    `tma_boxes`, `blocks` how many fit one multiprocessor, `fingerprint` what
+    `fastvit.check.ledger` knows the machine code of a Gluon kernel by.
     """
 
     kernel: str

@@ -18,10 +18,10 @@ import torch
 
 from fastvit._compat import import_timm
 from fastvit.accelerate import accelerate
-from fastvit.coverage_models import fill_buffers
+from fastvit.check.launches import Unwritten, recorded
+from fastvit.check.models import fill_buffers
 from fastvit.kernels import _device, _hopper
 from fastvit.kernels._backend import describe
-from fastvit.launches import Unwritten, recorded
 
 PYTORCH = "PyTorch's own: a head, a bias made by an MLP, or a layer that accelerate leaves"
 _PRODUCTS = {"addmm": "linear", "mm": "linear", "bmm": "attention", "baddbmm": "attention"}

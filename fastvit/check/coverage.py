@@ -80,8 +80,8 @@ class Library:
 
 def libraries() -> dict[str, Library]:
     """The libraries by name."""
-    from fastvit import coverage_models
     from fastvit.accelerate import families
+    from fastvit.check import models as coverage_models
 
     def timm(name: str) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
         model, inputs = coverage_models.build_small(name, seed=SEED)

@@ -15,8 +15,8 @@ changed       it is not, and the entry's ``changed`` says why;
 broken        it is not, and nobody said why. A test fails;
 unknown       no fingerprint is recorded for this triton.
 
-``python -m fastvit.ledger [CONFIGURATIONS]`` prints as JSON what the offline compiler makes of
-them, by default of every entry's and then with verdicts, for sm_90. Needs a process without
+``python -m fastvit.check.ledger [CONFIGURATIONS]`` prints as JSON what the offline compiler makes
+of them, by default of every entry's and then with verdicts, for sm_90. Needs a process without
 ``TRITON_INTERPRET=1``. A run on a GPU adds its proofs by `record`.
 """
 
@@ -37,16 +37,17 @@ from unittest import mock
 
 import torch
 
-from fastvit import audit, numerics
-from fastvit.audit import fingerprint
-from fastvit.environment import environment
+from fastvit import numerics
+from fastvit.check import audit
+from fastvit.check.audit import fingerprint
+from fastvit.check.environment import environment
+from fastvit.check.launches import recorded
 from fastvit.kernels import _device
 from fastvit.kernels._backend import packed
 from fastvit.kernels._launch import Prepared
 from fastvit.kernels._spec import Case, OpSpec
 from fastvit.kernels._tuning import TileConfig
 from fastvit.kernels.attention.hopper_plan import LONG
-from fastvit.launches import recorded
 
 ROWS = 1024  # of the matrices that stand for any number of them: no kernel is specialised on it
 

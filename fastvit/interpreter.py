@@ -4,7 +4,7 @@ The interpreter keeps bfloat16 as 16 raw bits and computes on those bits, so pro
 out as garbage and conversions truncate. Here bfloat16 values are widened to float32 for every
 operation and rounded back to nearest even, which is what a GPU does. It truncates conversions to
 e4m3 and reads its NaN as 480; here PyTorch converts. Tested bit by bit in
-`tests/test_interpreter.py`; a launch in the interpreter installs it.
+`tests/kernels/test_interpreter.py`; a launch in the interpreter installs it.
 """
 
 import functools

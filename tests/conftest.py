@@ -29,8 +29,9 @@ def pytest_pycollect_makemodule(module_path):
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Seeds that depend on the test alone."""
-    seeds.start(request.node.nodeid)
+    """Seeds that depend on the test alone, wherever its file stands."""
+    _, _, name = request.node.nodeid.partition("::")
+    seeds.start(f"tests/{request.path.name}::{name}")
 
 
 @pytest.fixture(autouse=True)

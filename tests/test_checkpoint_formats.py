@@ -194,7 +194,7 @@ def test_open_clip(whole, tmp_path):
 @pytest.fixture
 def repositories(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins written for these tests, see test_dino.py."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "stand_ins"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "helpers" / "stand_ins"))
 
 
 @pytest.mark.parametrize("way", ["model", "training"])

@@ -16,7 +16,8 @@ def seed_under(value: str | None) -> int:
         environment["FASTVIT_TEST_SEED"] = value
     done = subprocess.run(
         [sys.executable, "-c", "import seeds; print(seeds.SEED)"],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent / "helpers",
+        env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return int(done.stdout)
 

@@ -1,5 +1,6 @@
 """CUDA graphs in `accelerate` on a GPU; `test_graphs.py` tests the rest without one."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 def test_gpu_kernels_in_graphs():
     """In a process of its own, because this one interprets kernels. The same kernels run with and
     without a graph, so that even bfloat16 gives the same numbers."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    code += "from fastvit._compat import import_timm; import_timm()\n" + KERNELS
-    printed = fresh.python("-c", code)
+    code = "from fastvit._compat import import_timm; import_timm()\n" + KERNELS
+    here = Path(__file__).parent
+    paths = [here, here.parent / "helpers", os.environ.get("PYTHONPATH", "")]
+    printed = fresh.python("-c", code, PYTHONPATH=os.pathsep.join(map(str, paths)))
     errors = [float(line) for line in printed.splitlines() if not line.startswith("torch.")]
     assert len(errors) == 12
     assert max(errors) <= TOLERANCE

@@ -13,7 +13,7 @@ import pytest
 from fastvit.bench import records
 from fastvit.kernels.specs import all_specs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 RECORDS = {
     "environment": ("environment",),

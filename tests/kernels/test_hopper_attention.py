@@ -35,7 +35,7 @@ from fastvit.kernels.attention.launch import (
 )
 from fastvit.numerics import measure
 
-ROOT = Path(__file__).parent.parent / "kernels" / "attention"
+ROOT = Path(__file__).parents[2] / "kernels" / "attention"
 FILES = {
     **dict.fromkeys(SHORT, (ROOT / "hopper_parts.py", ROOT / "hopper.py")),
     **dict.fromkeys(LONG, (ROOT / "hopper_parts.py", ROOT / "hopper_long.py")),

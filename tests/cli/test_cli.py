@@ -23,7 +23,7 @@ from fastvit.cli.main import app
 from fastvit.cli.numerics import choose_path
 from fastvit.kernels import _tuning, specs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SEEDED = ("--seed", str(SEED))  # where the verdict counts
 
 

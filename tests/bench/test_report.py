@@ -215,7 +215,7 @@ def test_nothing_to_draw_is_not_drawn(tmp_path: Path):
 
 # --------------------------------------------------------------------------- the README's table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 H200 = "benchmarks/results/nvidia-h200_202611_torch2.11.0"
 
 

@@ -17,7 +17,7 @@ from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.plan import make_plan
 from fastvit.numerics import measure, randomise
 
-STAND_INS = Path(__file__).parent / "stand_ins"
+STAND_INS = Path(__file__).parents[1] / "helpers" / "stand_ins"
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from fastvit.train import embed as embedding
 from fastvit.train.data import transform
 from fastvit.train.models import ModelConfig, build_model, load_source
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COUNT = 30
 NAMES = sorted(f"{'even' if i % 2 == 0 else 'odd'}/{i:02}.png" for i in range(COUNT))
 no_pyarrow = pytest.mark.skipif(find_spec("pyarrow") is None, reason="needs pyarrow")

@@ -31,7 +31,7 @@ from fastvit.kernels.linear_fp8.op import fp8_linear
 from fastvit.kernels.linear_fp8.reference import fp8_linear_reference
 from fastvit.numerics import measure
 
-ROOT = Path(__file__).parent.parent / "kernels"
+ROOT = Path(__file__).parents[2] / "kernels"
 FILES = (ROOT / "_activations.py", ROOT / "_hopper_e4m3.py", ROOT / "linear" / "hopper.py")
 E4M3 = torch.float8_e4m3fn
 INVERSE = 2.0  # of an e4m3 y's scale

@@ -20,14 +20,14 @@ from fastvit.train.data import TrainBatches, eval_batches
 from fastvit.train.embed import read_features
 from fastvit.train.loop import Row
 
-HERE = Path(__file__).parent
-RANKS = HERE / "train_ranks.py"
+HELPERS = Path(__file__).parents[1] / "helpers"
+RANKS = HELPERS / "train_ranks.py"
 
 
 def torchrun(*arguments):
     """Run torchrun with two ranks; what rank 0 printed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "FASTVIT_BACKEND": "torch"}
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+    env["PYTHONPATH"] = os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, *map(str, arguments)],

@@ -13,20 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train_data import folder  # noqa: F401  a fixture
-from train_models import assert_same
+from train_models import assert_same, pictures
 from typer.testing import CliRunner
 
 from fastvit import ops
 from fastvit.cli.main import app
 from fastvit.train.models import load_source, read_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # 30 steps of a ViT with 4 tokens
 SMALL = [
     "--embed-dim", "16", "--depth", "2", "--num-heads", "2", "--patch-size", "4", "--epochs", "3",
     "--batch-size", "140",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def run(*arguments):
@@ -247,7 +251,7 @@ def test_linear_probe_trains_the_head_only(trained, tmp_path):
     assert resumed["trained_parameters"] == 170
 
 
-def test_finetune_of_a_timm_model(folder, tmp_path):  # noqa: F811
+def test_finetune_of_a_timm_model(folder, tmp_path):
     import timm
 
     checkpoint = tmp_path / "weights.pt"
@@ -288,7 +292,7 @@ def other_names(root):
 
 
 @pytest.mark.parametrize("change", [changed_class, another_class, fewer_images, other_names])
-def test_resume_of_a_folder_that_has_changed_is_refused(folder, tmp_path, change):  # noqa: F811
+def test_resume_of_a_folder_that_has_changed_is_refused(folder, tmp_path, change):
     """Labels are places in the folder's order: the same weights would mean other classes."""
     root, out = tmp_path / "pictures", tmp_path / "run"
     shutil.copytree(folder, root)

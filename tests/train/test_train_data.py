@@ -2,38 +2,19 @@
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_models import data, recipe, tiny
+from train_models import COLOURS, data, pictures, recipe, tiny
 
 from fastvit.train import Batch, DataConfig, Images, classification_metrics, fit, load_data
 from fastvit.train.data import NO_LABEL, collate, load_all, make_loader, transform
 from fastvit.train.sources import split
 
-COLOURS = {"blue": (40, 60, 220), "green": (50, 200, 60), "red": (230, 50, 40)}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes of ten noisy pictures in various formats, and two files that are broken."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for label, colour in COLOURS.items():
-        (root / label).mkdir()
-        for i in range(10):
-            size = (20 + 3 * i, 40 - 2 * i, 3)
-            pixels = np.clip(np.array(colour) + generator.normal(0, 15, size), 0, 255)
-            picture = Image.fromarray(pixels.astype(np.uint8))
-            if i == 3:
-                picture.putalpha(255)
-            picture.save(root / label / (f"{i}.png" if i in (3, 4) else f"{i}.jpg"))
-    whole = (root / "red" / "0.jpg").read_bytes()
-    (root / "red" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
-    (root / "blue" / "empty.png").write_bytes(b"")
-    (root / "blue" / "notes.txt").write_text("not an image")
-    return root
+    return pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def folder_config(root, **changes):

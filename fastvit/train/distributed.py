@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 Result = TypeVar("Result")
 PARALLEL = ("none", "ddp", "fsdp")
+THREADS_LET_GO = 0.3  # seconds
 
 
 def rank() -> int:
@@ -59,6 +61,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     finally:
         gc.collect()  # a wrapper that outlives the group may wait for the group's threads for ever
         dist.destroy_process_group()
+        # DDP and FSDP leave gloo's threads running: one that lets go of a tensor takes the GIL, and
+        # if that is when Python ends, it aborts the process (pytorch issue 190489)
+        time.sleep(THREADS_LET_GO)
 
 
 def all_sum(values: Tensor) -> Tensor:

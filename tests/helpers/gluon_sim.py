@@ -267,6 +267,7 @@ class Product:
         raise Wrong("a product in flight is read")
 
     __mul__ = __add__ = __getitem__ = __array__ = _read  # type: ignore[assignment]
+    type = property(_read)
 
 
 class Array:
@@ -289,12 +290,15 @@ class Descriptor:
     Args:
         array: written in place by stores.
         block: shape of a box.
+        writes: counts stores to each element.
     """
 
-    def __init__(self, array: np.ndarray, block: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, array: np.ndarray, block: tuple[int, ...], dtype: torch.dtype, writes: Any = None
+    ) -> None:
         self.array, self.block, self.layout = array, block, None
         self.block_type = SimpleNamespace(shape=block, element_ty=Dtype(dtype))
-        self.writes = np.zeros(array.shape, int)
+        self.writes = np.zeros(array.shape, int) if writes is None else writes
 
     def box(self, coordinates: Sequence[int]) -> tuple[slice, ...]:
         """Clipped."""
@@ -410,6 +414,52 @@ def run(
         _machine = Machine(seed * 1000 + program, program, programs, eager)
         _machine.spawn(kernel, args, warps)
         _machine.run()
+
+
+def launch(
+    space: dict[str, Any], prepared: Any, tensors: Sequence[Any], written: Sequence[Any], *,
+    programs: int, seed: int,
+) -> list[np.ndarray]:  # fmt: skip
+    """What a launch of the product's own leaves in those tensors that it writes, every element
+    exactly once.
+
+    Args:
+        space: as `load` gives it.
+        prepared: a `_launch.Prepared`.
+        tensors: as `_launch.run` is given them, `written` among them.
+        programs: at most so many.
+    """
+    memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if id(x) not in memory:
+            dtype = torch.bool if x.dtype == torch.bool else torch.double
+            wide, count = (
+                torch.empty_strided(x.shape, x.stride(), dtype=kind) for kind in (dtype, torch.int)
+            )
+            memory[id(x)] = wide.copy_(x), count.zero_()
+        return memory[id(x)]
+
+    args = list(prepared.arguments(*tensors))
+    for i, given in enumerate(args):
+        box = prepared.boxes[i] if i < len(prepared.boxes) else None
+        if i < len(prepared.boxes) and box is None:
+            args[i] = None
+        elif box is not None:
+            made = box.make(given)
+            seen, count = (x.as_strided(made.shape, made.strides) for x in remember(given))
+            block = tuple(made.block_shape)
+            args[i] = Descriptor(seen.numpy(), block, given.dtype, count.numpy())
+        elif isinstance(given, torch.Tensor):
+            flat, count = (x.view(-1).numpy() for x in remember(given))
+            args[i] = Pointer(flat, writes=count)
+        elif type(given) is int:
+            args[i] = Scalar(given)
+    kernel, warps = space[prepared.kernel.fn.__name__], prepared.tile.num_warps
+    run(kernel, args, warps=warps, programs=min(programs, prepared.programs), seed=seed)
+    if not all((memory[id(x)][1] == 1).all() for x in written):
+        raise Wrong("an element not written exactly once")
+    return [memory[id(x)][0].numpy() for x in written]
 
 
 # --------------------------------------------------------------------------- Gluon's names

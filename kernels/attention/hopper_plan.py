@@ -24,7 +24,7 @@ from fastvit.kernels._launch import Box, Prepared, run
 from fastvit.kernels._tuning import TileConfig, cdiv
 
 if TYPE_CHECKING:
-    from fastvit.kernels.attention.launch import Problem, Sides, Strides
+    from fastvit.kernels.attention.launch import Problem, Strides
 
 PORTABLE_TILE = TileConfig(64, 32, num_warps=4, num_stages=2)  # in the place of these kernels
 LOG2E = 1.4426950408889634
@@ -451,31 +451,27 @@ def backward_choice(
     return Whole(cdiv(m, HALF_KEYS), parts if last or not rest else parts + 1, last)
 
 
-def prepare_whole(
-    choice: Whole, problem: Problem, k: Meta | None, grad: Strides, gradients: Sides
-) -> Prepared:
+def prepare_whole(choice: Whole, problem: Problem, k: Meta | None, grad: Meta) -> Prepared:
     """`run` is given the tensors of `launch.py`, the output's gradient, the output, the statistics
-    and the gradients of q, k and v, all three the same where qkv is packed.
-
-    Args:
-        grad, gradients: how they lie in memory.
-    """
+    and the gradients of q, k and v, contiguous, all three the same where qkv is packed."""
     from fastvit.kernels.attention.hopper_backward import attention_backward_kernel
 
     batch, h, n, m, d = problem.sizes
     packed, scale = k is None, problem.options.scale
     all_heads = 3 * h if packed else h
-    dq, dk, dv = gradients
+    # of gradients
+    dq, dk = ((0, h * tokens * d, tokens * d, d, 1) for tokens in (n, m))
+    if packed:
+        dq = dk = (0, n * all_heads * d, d, all_heads * d, 1)
     q_side, k_side, v_side = problem.sides
-    queries = (ROWS, LAST_ROWS)
     boxes: list[Box | None] = [
         _box_of(problem, side, n, heads, rows, CHANNELS)
-        for side, heads in ((q_side, all_heads), (grad, h), (dq, all_heads))
-        for rows in queries
+        for side, heads in ((q_side, all_heads), (problem.by_head(grad), h), (dq, all_heads))
+        for rows in (ROWS, LAST_ROWS)
     ]
     boxes += [
         None if packed and values else _box_of(problem, side, m, all_heads, HALF_KEYS, CHANNELS)
-        for side, values in ((k_side, False), (v_side, True), (dk, False), (dv, True))
+        for side, values in ((k_side, False), (v_side, True), (dk, False), (dk, True))
     ]
     # of an only key the gradient of the score is 0; computed, it is rounding errors
     numbers = (n, h, batch * h, scale * LOG2E, scale * (m > 1), d, *choice[:3])

@@ -406,7 +406,7 @@ def _prepare_gradients(
     tile = problem.tile("attention_backward", PHASE=QUERIES)
     variant = backward_variant(problem, tensors, grad, out, needed, tile)
     if not isinstance(variant, str):
-        return prepare_whole(variant, problem, k, g_side, (dq, dk, dv)), None, [], False
+        return prepare_whole(variant, problem, k, grad), None, [], False
     tile, form = portable_tile(tile), problem.form(g_side, out_side, dq, dk, dv)
     queries = problem.launch(
         attention_backward_q_kernel, problem.programs(n, tile.BLOCK_M), tile,

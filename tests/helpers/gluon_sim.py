@@ -251,9 +251,9 @@ class View:
     def store(self, given: Value) -> None:
         """From registers."""
         self.buffer.about_to_write()
-        given = np.array(given)
-        assert given.shape == self.shape
-        self.see(self.buffer.data)[...] = given
+        array = np.array(given)
+        assert array.shape == self.shape
+        self.see(self.buffer.data)[...] = array
         self.buffer.dirty = threading.current_thread()
 
 

@@ -29,11 +29,10 @@ from test_hopper_attention import (  # noqa: F401  a fixture
 from fastvit import ops
 from fastvit.check.launches import recorded
 from fastvit.kernels import _backend, _device, _hopper, _tuning
-from fastvit.kernels._backend import packed
+from fastvit.kernels._backend import describe, packed
 from fastvit.kernels._tuning import TileConfig
 from fastvit.kernels.attention import hopper_plan
 from fastvit.kernels.attention.hopper_plan import Whole, backward_choice, prepare_whole
-from fastvit.kernels.attention.launch import sides_of
 from fastvit.numerics import measure
 
 FILES = (ROOT / "hopper_parts.py", ROOT / "hopper_backward.py")
@@ -67,10 +66,7 @@ def launch(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The gradients of q, k and v by the product's own launch."""
     asked, metas = problem(form, *given)
-    side = asked.by_head(packed(grad.dtype, grad.shape, grad.device))
-    news = (x and packed(x.dtype, x.shape, x.device) for x in metas[:3])
-    sides = sides_of(*news, asked.options)  # type: ignore[misc]
-    prepared = prepare_whole(choice(form, given), asked, metas[1], side, sides)
+    prepared = prepare_whole(choice(form, given), asked, metas[1], *describe(grad))
     q, k, v, mask = given
     dq = torch.full(q.shape, math.nan, dtype=q.dtype)
     dk, dv = (dq if x is None else torch.full(x.shape, math.nan, dtype=q.dtype) for x in (k, v))
@@ -93,7 +89,9 @@ def simulate(space: dict[str, Any], form: Form, programs: int, seed: int) -> Non
     wide = [x if x is None else x.double() for x in given]
     out, kept = truth(form, *wide)
     found = launch(space, form, given, grad, out.contiguous(), kept, programs, seed)
-    for ours, want in zip(found, expected(form, *wide[:3], grad.double()), strict=True):
+    for ours, want in zip(
+        found, expected(form, wide[0], wide[1], wide[2], grad.double()), strict=True
+    ):
         if not np.allclose(ours, want, rtol=1e-9, atol=1e-12):
             raise sim.Wrong("wrong result")
 
@@ -186,7 +184,7 @@ def check_numerics(space: dict[str, Any], form: Form, dtype: torch.dtype, inputs
         given[0], given[1] = 32 * given[0].abs(), -given[1].abs()
     wide = [x if x is None else x.double() for x in given]
     out, kept = truth(form, *wide)
-    want = expected(form, *wide[:3], grad.double())
+    want = expected(form, wide[0], wide[1], wide[2], grad.double())
     q, k, v = (x.detach().requires_grad_() for x in (given[:3] if given[1] is not None else
                                                      split(form, given[0])))  # fmt: skip
     eager = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -280,8 +278,9 @@ def test_a_training_step_of_vit_b_16_takes_it(monkeypatch):
         assert kernels[1:] == ["attention_backward_kernel"]
         assert backward.programs == min(132, 12 * batch)
         assert backward.tile.backend == "whole"
-    for form in ((2, 12, 577), (2, 12, 197, 72), (2, 12, 197, 64, torch.float32)):
-        assert trained(*form)[0][1:] == PORTABLE
+    assert trained(2, 12, 577)[0][1:] == PORTABLE
+    assert trained(2, 12, 197, 72)[0][1:] == PORTABLE
+    assert trained(2, 12, 197, dtype=torch.float32)[0][1:] == PORTABLE
     angles = torch.empty(197, 32, dtype=HALF)
     assert trained(2, 12, 197, rope=(angles, angles))[0][-2:] == PORTABLE
     with _device.emulate("sm80"):

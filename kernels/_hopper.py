@@ -7,7 +7,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 
@@ -83,6 +83,16 @@ def refuse(error: Exception) -> None:
         "fastvit: running portable kernels on this Hopper GPU: Triton could not compile one: "
         f"{_refused}"
     )
+
+
+class Refused(Exception):
+    """What was to be launched is to be prepared anew."""
+
+
+def redo(error: Exception) -> NoReturn:
+    """`refuse`, where no one launch takes the place of this one."""
+    refuse(error)
+    raise Refused from error
 
 
 @functools.cache

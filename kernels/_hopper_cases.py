@@ -22,6 +22,7 @@ LINEAR: tuple[tuple[Any, ...], ...] = tuple(
 # name, B, H, N, d and options of an attention of q, k and v
 ATTENTION: tuple[tuple[Any, ...], ...] = (
     ("N=197, separate", 16, 12, 197, 64, {}),
+    ("130 queries, 70 keys, d=48", 41, 5, 130, 48, {"m": 70}),
     ("N=257, d=80, key lengths", 16, 4, 257, 80, {"mask": "bool"}),
     ("N=577, d=72, bias per head", 8, 4, 577, 72, {"mask": "bias"}),
     ("1,370 queries, 577 keys", 4, 6, 1370, 64, {"m": 577}),
@@ -33,6 +34,7 @@ QKV: tuple[tuple[Any, ...], ...] = (
         (f"N={n}, d={d}, batch {b}", b, h, n, d)
         for b, h, n, d in (
             (1, 12, 197, 64), (64, 12, 197, 64), (64, 12, 257, 64), (64, 16, 256, 72),
+            (47, 5, 50, 64), (29, 7, 208, 64),
             (16, 12, 577, 64), (4, 4, 577, 128), (4, 12, 1370, 64), (4, 4, 1370, 88),
         )
     ),

@@ -57,7 +57,7 @@ ROOMS = {
 }  # fmt: skip
 FORMS = {
     "kernel_backward": "kernel", "launch_backward": "launch", "hopper_long": "hopper",
-    "hopper_parts": "hopper", "hopper_rope": "hopper",
+    "hopper_parts": "hopper", "hopper_rope": "hopper", "hopper_backward": "hopper",
 }  # fmt: skip
 
 

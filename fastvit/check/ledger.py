@@ -43,7 +43,7 @@ from fastvit.check.audit import fingerprint
 from fastvit.check.environment import environment
 from fastvit.check.launches import recorded
 from fastvit.kernels import _device
-from fastvit.kernels._backend import packed
+from fastvit.kernels._backend import describe, packed
 from fastvit.kernels._launch import Prepared
 from fastvit.kernels._spec import Case, OpSpec
 from fastvit.kernels._tuning import TileConfig
@@ -263,8 +263,8 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
 
 def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     """Of packed qkv, or where ``operands`` has "separate" of q, k and v; M is N if it is not
-    given."""
-    from fastvit.kernels.attention.hopper_plan import NAMES, Variant, hopper_choice, prepare_hopper
+    given. Variant ``whole`` is their gradients."""
+    from fastvit.kernels.attention import hopper_plan as plan
     from fastvit.kernels.attention.launch import Options, problem_of
 
     dtype, operands = getattr(torch, configuration["dtype"]), configuration["operands"]
@@ -274,27 +274,36 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
     if "separate" in operands:
         shapes |= {"q": (b, h, n, d), "k": (b, h, m, d), "v": (b, h, m, d)}
     shapes |= {"mask": (1, h, n, m)} if {"bias", "bool mask"} & {*operands} else {}
-    shapes |= {"kept": (2, b, h, n)} if "statistics" in operands else {}
+    name = configuration["variant"]
+    gradients = {f"d{x}": shapes.get(x, shapes["q"]) for x in "qkv"} if name == "whole" else {}
+    shapes |= {"kept": (2, b, h, n)} if gradients or "statistics" in operands else {}
+    shapes |= {"grad": shapes["out"]} | gradients if gradients else {}
     kinds = {"mask": torch.bool if "bool mask" in operands else torch.float32}
     kinds["kept"] = torch.float32
     device = torch.device("meta")
     tensors = {
         x: torch.empty(s, dtype=kinds.get(x, dtype), device=device) for x, s in shapes.items()
     }
-    q, k, v, mask = (
-        packed(tensors[x].dtype, shapes[x], device) if x in shapes else None for x in
-        ("q", "k", "v", "mask")
-    )  # fmt: skip
+    order = ("q", "k", "v", "mask", "cos", "sin", "cu_seqlens")
+    metas = describe(*(tensors.get(x) for x in order))
+    q, k, v, mask, *_ = metas
     assert q is not None
     options = Options(h, 0, d**-0.5, half=False)
-    problem = problem_of((q, k, v, mask, None, None, None), options, "highest")
-    name = configuration["variant"]
+    problem = problem_of(metas, options, "highest")
     tile = TileConfig(64, configuration.get("block", 128), backend=name)
-    choice = hopper_choice(problem, q, k, v, mask, tile)
-    if not isinstance(choice, Variant) or choice.name != name or name not in NAMES:
+    grad, out = describe(tensors.get("grad"), tensors["out"])
+    if gradients:
+        choice = plan.backward_choice(problem, metas, grad, out, (True,) * 3)
+        order = (*order, "grad", "out", "kept", *gradients)
+    else:
+        choice = plan.hopper_choice(problem, q, k, v, mask, tile)
+        order = (*order, "out", "kept")
+    if isinstance(choice, str) or choice.name != name:
         raise ValueError(f"no such kernel: {configuration}: {choice}")
-    prepared = prepare_hopper(choice, problem, k, mask, keep="kept" in shapes)
-    order = ("q", "k", "v", "mask", "cos", "sin", "cu_seqlens", "out", "kept")
+    prepared = (
+        plan.prepare_whole(choice, problem, k, grad) if isinstance(choice, plan.Whole)
+        else plan.prepare_hopper(choice, problem, k, mask, keep="kept" in shapes)
+    )  # fmt: skip
     return prepared, prepared.for_triton(*(tensors.get(x) for x in order))
 
 

@@ -1,4 +1,4 @@
-"""Which of Hopper's attention kernels runs a shape, and its launch.
+"""Which of Hopper's attention kernels runs a shape, forward or backward, and its launch.
 
 Measured on an H200 (2026-11-27, H = 12, N = 197, d = 64, bfloat16; `proven/sm90.json`): roles with
 the next block's scores ahead win at batch 256, a head's blocks of queries in programs of their own
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fastvit.kernels._backend import Meta
 from fastvit.kernels._device import SHARED_MEMORY, architecture, multiprocessors
-from fastvit.kernels._hopper import answer, hopper_problem
+from fastvit.kernels._hopper import answer, hopper_problem, redo
 from fastvit.kernels._launch import Box, Prepared, run
 from fastvit.kernels._tuning import TileConfig, cdiv
 
 if TYPE_CHECKING:
-    from fastvit.kernels.attention.launch import Problem
+    from fastvit.kernels.attention.launch import Problem, Strides
 
 PORTABLE_TILE = TileConfig(64, 32, num_warps=4, num_stages=2)  # in the place of these kernels
 LOG2E = 1.4426950408889634
@@ -43,6 +43,8 @@ HALF = (torch.bfloat16, torch.float16)
 SHORT, LONG = ("roles", "head"), ("stream", "stay", "stream-turns", "stay-turns")
 NAMES = SHORT + LONG  # backends that a tuning table may name
 HEAD_DIMS = range(32, 129, 8)
+# of the backward: keys of a half, channels of a box, the last queries, the most of all
+HALF_KEYS, CHANNELS, LAST_ROWS, BACKWARD_QUERIES, BACKWARD_KEYS = 128, 64, 16, 208, 256
 
 
 class Variant(NamedTuple):
@@ -73,9 +75,13 @@ def hopper_variant(
         if problem.rope is not None and short and _few_heads(problem):
             choice = "so few heads are not worth a launch that turns q and k"
     else:
-        where = f"for head dimension {problem.sizes[4]}"
-        choice = f"the tuning table of {architecture(problem.device)} names a portable tile {where}"
+        choice = _by_table(problem)
     return answer("attention", problem.sizes, choice)
+
+
+def _by_table(problem: Problem) -> str:
+    where = f"for head dimension {problem.sizes[4]}"
+    return f"the tuning table of {architecture(problem.device)} names a portable tile {where}"
 
 
 def turned(problem: Problem, q: Meta, v: Meta | None) -> tuple[Problem, Meta, Meta, Meta] | None:
@@ -144,15 +150,22 @@ def _problem(
         if not holds:
             return reason
     for name, x, side in zip("qkv", (q, k or q, v or q), problem.sides, strict=True):
-        _, *steps, last = side
-        sizes = (problem.sizes[0], problem.sizes[1], x.shape[-2])
-        odd = any(n > 1 and (step <= 0 or step % 8) for n, step in zip(sizes, steps, strict=True))
-        if last != 1 or odd or not x.aligned:
-            return f"{name}'s rows do not start at multiples of 16 bytes, each at one of its own"
+        if (reason := _rows(problem, name, x, side, x.shape[-2])) is not None:
+            return reason
     if problem.mask is not None and problem.mask[-1] != 1 and keys > 1:
         return "the mask's values of one query do not lie side by side"
     if problem.mask is not None and (problem.sizes[2] - 1) * problem.mask[3] + keys > 2**31:
         return "the mask of one head has more elements than 32 bits count"
+    return None
+
+
+def _rows(problem: Problem, name: str, x: Meta, side: Strides, tokens: int) -> str | None:
+    """Why no descriptor reads x, of so many tokens a head."""
+    _, *steps, last = side
+    sizes = (*problem.sizes[:2], tokens)
+    odd = any(n > 1 and (step <= 0 or step % 8) for n, step in zip(sizes, steps, strict=True))
+    if last != 1 or odd or not x.aligned:
+        return f"{name}'s rows do not start at multiples of 16 bytes, each at one of its own"
     return None
 
 
@@ -356,14 +369,23 @@ def prepare_turn(problem: Problem) -> Callable[..., tuple[Any, ...]]:
 def _box(problem: Problem, which: str, rows: int, channels: int, *, packed: bool) -> Box | None:
     """Of q, k or v as [B, tokens, heads, d]; None for the values of packed qkv, which the boxes of
     its keys bring too."""
+    if packed and which == "v":
+        return None
+    _, h, n, m, _ = problem.sizes
+    side, tokens = problem.sides["qkv".index(which)], n if which == "q" else m
+    return _box_of(problem, side, tokens, 3 * h if packed else h, rows, channels)
+
+
+def _box_of(
+    problem: Problem, side: Strides, tokens: int, heads: int, rows: int, channels: int
+) -> Box:
+    """Of a tensor as [B, tokens, heads, d]."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    if packed and which == "v":
-        return None
-    batch, h, n, m, d = problem.sizes
-    _, by_batch, by_head, by_token, _ = problem.sides["qkv".index(which)]
-    sizes = [batch, n if which == "q" else m, 3 * h if packed else h, d]
+    batch, *_, d = problem.sizes
+    _, by_batch, by_head, by_token, _ = side
+    sizes = [batch, tokens, heads, d]
     steps = zip(sizes, (by_batch, by_token, by_head), strict=False)
     # where there is one of something, its stride may be anything
     strides = [*(step if size > 1 else d for size, step in steps), 1]
@@ -371,3 +393,96 @@ def _box(problem: Problem, which: str, rows: int, channels: int, *, packed: bool
     element = gl.bfloat16 if problem.dtype == torch.bfloat16 else gl.float16
     layout: Any = gl.NVMMASharedLayout.get_default_for(block, element)
     return Box(lambda tensor: TensorDescriptor(tensor, sizes, strides, block, layout))
+
+
+# --------------------------------------------------------------------------- backward
+
+
+class Whole(NamedTuple):
+    """One configuration of the backward's kernel, which has whole heads in shared memory."""
+
+    halves: int  # of `HALF_KEYS` keys
+    parts: int  # of `ROWS` queries
+    last: int  # queries after those: `LAST_ROWS` or 0
+    name: str = "whole"
+
+
+def backward_variant(
+    problem: Problem, tensors: tuple[Meta | None, ...], grad: Meta, out: Meta,
+    needed: tuple[bool, ...], tile: TileConfig,
+) -> Whole | str:  # fmt: skip
+    """Hopper's kernel for the `needed` gradients of q, k and v, or why the portable ones run.
+
+    Args:
+        tensors: as in `launch.py`.
+        tile: of a tuning table.
+    """
+    if tile.backend == "hopper":
+        reason = hopper_problem(problem.device)
+        choice = reason or backward_choice(problem, tensors, grad, out, needed)
+    else:
+        choice = _by_table(problem)
+    return answer("attention_backward", problem.sizes, choice)
+
+
+def backward_choice(
+    problem: Problem, tensors: tuple[Meta | None, ...], grad: Meta, out: Meta,
+    needed: tuple[bool, ...],
+) -> Whole | str:  # fmt: skip
+    """The kernel's configuration, or why it cannot take them. Pure, as `hopper_choice`."""
+    q, k, v, mask = tensors[:4]
+    assert q is not None
+    reason = _problem(problem, q, k, v, mask)
+    _, h, n, m, d = problem.sizes
+    for holds, other in (
+        (mask is None, "there is a mask"),
+        (all(needed), "not all gradients are wanted"),
+        (d <= CHANNELS, f"head dimension {d} is above {CHANNELS}"),
+        (n <= BACKWARD_QUERIES, f"{n:,} queries are more than {BACKWARD_QUERIES}"),
+        (m <= BACKWARD_KEYS, f"{m:,} keys are more than {BACKWARD_KEYS}"),
+        (problem.by_head(out)[1:] == (n * h * d, d, h * d, 1), "the output is not packed"),
+    ):
+        reason = reason or (None if holds else other)
+    reason = reason or _rows(problem, "the gradient", grad, problem.by_head(grad), n)
+    if reason is not None:
+        return reason
+    parts, rest = divmod(n, ROWS)
+    last = LAST_ROWS if parts and 0 < rest <= LAST_ROWS else 0
+    return Whole(cdiv(m, HALF_KEYS), parts if last or not rest else parts + 1, last)
+
+
+def prepare_whole(choice: Whole, problem: Problem, k: Meta | None, grad: Meta) -> Prepared:
+    """`run` is given the tensors of `launch.py`, the output's gradient, the output, the statistics
+    and the gradients of q, k and v, contiguous, all three the same where qkv is packed."""
+    from fastvit.kernels.attention.hopper_backward import attention_backward_kernel
+
+    batch, h, n, m, d = problem.sizes
+    packed, scale = k is None, problem.options.scale
+    all_heads = 3 * h if packed else h
+    # of gradients
+    dq, dk = ((0, h * tokens * d, tokens * d, d, 1) for tokens in (n, m))
+    if packed:
+        dq = dk = (0, n * all_heads * d, d, all_heads * d, 1)
+    q_side, k_side, v_side = problem.sides
+    boxes: list[Box | None] = [
+        _box_of(problem, side, n, heads, rows, CHANNELS)
+        for side, heads in ((q_side, all_heads), (problem.by_head(grad), h), (dq, all_heads))
+        for rows in (ROWS, LAST_ROWS)
+    ]
+    boxes += [
+        None if packed and values else _box_of(problem, side, m, all_heads, HALF_KEYS, CHANNELS)
+        for side, values in ((k_side, False), (v_side, True), (dk, False), (dk, True))
+    ]
+    # of an only key the gradient of the score is 0; computed, it is rounding errors
+    numbers = (n, h, batch * h, scale * LOG2E, scale * (m > 1), d, *choice[:3])
+
+    def arguments(
+        q: Any, k: Any, v: Any, mask: Any, cos: Any, sin: Any, cu: Any, grad: Tensor, out: Tensor,
+        kept: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        keys_of = q if k is None else k
+        return (q, q, grad, grad, dq, dq, keys_of, v, dk, dv, out, kept, *numbers)
+
+    tile = TileConfig(ROWS, HALF_KEYS, 0, 8, 1, choice.name)
+    programs = min(batch * h, multiprocessors(problem.device))
+    return Prepared(attention_backward_kernel, programs, tile, arguments, boxes, redo)

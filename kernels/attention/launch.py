@@ -22,15 +22,17 @@ from torch import Tensor
 
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, packed
 from fastvit.kernels._device import architecture, cached
-from fastvit.kernels._hopper import refuse
+from fastvit.kernels._hopper import Refused, refuse
 from fastvit.kernels._launch import Prepared, accumulator, maker, product_precision, wide_dtype
 from fastvit.kernels._launch import run as run_kernel
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.attention.hopper_plan import (
+    backward_variant,
     hopper_variant,
     portable_tile,
     prepare_hopper,
     prepare_turn,
+    prepare_whole,
     turned,
 )
 from fastvit.kernels.attention.reference import rope_pairs, unpack
@@ -318,7 +320,15 @@ def attention_backward(
     dk, dv = (dq if x is None else x.new_empty(x.shape) for x in (k, v))
 
     metas, around = describe(*tensors), describe(grad, out)
-    queries, keys, copies = _prepare_gradients(metas, *around, options, matmul_precision(), needed)
+    whole, queries, keys, copies = _prepare_gradients(
+        metas, *around, options, matmul_precision(), needed
+    )
+    if whole is not None:
+        try:
+            run_kernel(whole, *tensors, grad, out, statistics, dq, dk, dv)
+        except Refused:
+            return attention_backward(grad, kept, args, wanted)
+        return dq, dk, dv, None, None, None
     if copies:
         tensors = (q, k, v, mask, *in_order(cos, sin, cu_seqlens))
     delta = torch.empty_like(statistics[0])
@@ -379,9 +389,10 @@ def _rope_gradient(
 def _prepare_gradients(
     tensors: tuple[Any, ...], grad: Meta, out: Meta, options: Options, precision: str,
     needed: tuple[bool, bool, bool],
-) -> tuple[Prepared, list[tuple[Prepared, bool, bool]], bool]:  # fmt: skip
-    """Launches that write the `needed` gradients of q, k and v: of delta and dQ; of dK, dV or both,
-    each with which; and whether the tables or cu_seqlens are to be copied first."""
+) -> tuple[Prepared | None, Any, list[tuple[Prepared, bool, bool]], bool]:  # fmt: skip
+    """Launches that write the `needed` gradients of q, k and v: of all three, else None; of delta
+    and dQ; of dK, dV or both, each with which; and whether the tables or cu_seqlens are to be
+    copied first."""
     from fastvit.kernels.attention.kernel_backward import (
         attention_backward_kv_kernel,
         attention_backward_q_kernel,
@@ -392,8 +403,11 @@ def _prepare_gradients(
     g_side, out_side = problem.by_head(grad), problem.by_head(out)
     q, k, v = (x and packed(x.dtype, x.shape, x.device) for x in tensors[:3])
     dq, dk, dv = sides_of(q, k, v, options)
-    form = problem.form(g_side, out_side, dq, dk, dv)
     tile = problem.tile("attention_backward", PHASE=QUERIES)
+    variant = backward_variant(problem, tensors, grad, out, needed, tile)
+    if not isinstance(variant, str):
+        return prepare_whole(variant, problem, k, grad), None, [], False
+    tile, form = portable_tile(tile), problem.form(g_side, out_side, dq, dk, dv)
     queries = problem.launch(
         attention_backward_q_kernel, problem.programs(n, tile.BLOCK_M), tile,
         (g_side, out_side, None, None, dq),
@@ -412,7 +426,7 @@ def _prepare_gradients(
         )  # fmt: skip
         if any(pair):
             keys.append((launch, *pair))
-    return queries, keys, problem.copies
+    return None, queries, keys, problem.copies
 
 
 @cached

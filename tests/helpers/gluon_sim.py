@@ -6,7 +6,9 @@ copies in flight, products in flight (they read their operands when they complet
 (they read their buffer as late as they may) and the proxy fence. It raises `Wrong` on a deadlock,
 on an overrun barrier, and on any access to a buffer that another access in flight is not done with.
 
-It does not model threads within a warpgroup (Triton puts their barriers in), swizzles, registers.
+Of threads within a role it knows that one may lag behind: a copy into a buffer that the role has
+read since its last barrier is wrong. For the rest Triton puts their barriers in. It does not model
+swizzles, registers.
 
 Values are float64 and no store rounds, so that small integers stay exact; within `rounded` they are
 float32, rounded where the kernel converts them. Bytes that the kernel packs into wider integers are
@@ -116,7 +118,9 @@ def _scalar(name: str) -> Any:
     return apply
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "and", "xor"):
+for _name in (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "and", "xor", "rshift",
+):  # fmt: skip
     setattr(Scalar, f"__{_name}__", _scalar(f"__{_name}__"))
 
 
@@ -212,20 +216,23 @@ class Buffer:
         if self.landing or self.reading:
             raise Wrong("written while in use")
 
+    def about_to_leave(self) -> None:
+        """To a copy or a product, which do not see plain stores before a fence."""
+        self.about_to_read()
+        if self.dirty is not None:
+            raise Wrong("read without a fence")
+
     def load(self, layout: Any) -> Value:
         """To registers."""
-        self.about_to_read()
-        return value(self.data.copy())
+        return View(self, lambda data: data).load(layout)
 
     def store(self, given: Value) -> None:
         """From registers."""
-        self.about_to_write()
-        self.data = np.array(given)
-        self.dirty = threading.current_thread()
+        View(self, lambda data: data).store(given)
 
 
 class View:
-    """A buffer, for a product."""
+    """A buffer seen with another shape or order of its dimensions."""
 
     def __init__(self, buffer: Buffer, see: Callable[[np.ndarray], np.ndarray]) -> None:
         self.buffer, self.see = buffer, see
@@ -234,6 +241,20 @@ class View:
     def permute(self, order: Sequence[int]) -> View:
         """As of shared memory."""
         return View(self.buffer, lambda data: self.see(data).transpose(order))
+
+    def load(self, layout: Any) -> Value:
+        """To registers."""
+        self.buffer.about_to_read()
+        _machine.mine().read.add(self.buffer)
+        return value(self.see(self.buffer.data).copy())
+
+    def store(self, given: Value) -> None:
+        """From registers."""
+        self.buffer.about_to_write()
+        array = np.array(given)
+        assert array.shape == self.shape
+        self.see(self.buffer.data)[...] = array
+        self.buffer.dirty = threading.current_thread()
 
 
 class Product:
@@ -246,6 +267,7 @@ class Product:
         raise Wrong("a product in flight is read")
 
     __mul__ = __add__ = __getitem__ = __array__ = _read  # type: ignore[assignment]
+    type = property(_read)
 
 
 class Array:
@@ -268,12 +290,15 @@ class Descriptor:
     Args:
         array: written in place by stores.
         block: shape of a box.
+        writes: counts stores to each element.
     """
 
-    def __init__(self, array: np.ndarray, block: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, array: np.ndarray, block: tuple[int, ...], dtype: torch.dtype, writes: Any = None
+    ) -> None:
         self.array, self.block, self.layout = array, block, None
         self.block_type = SimpleNamespace(shape=block, element_ty=Dtype(dtype))
-        self.writes = np.zeros(array.shape, int)
+        self.writes = np.zeros(array.shape, int) if writes is None else writes
 
     def box(self, coordinates: Sequence[int]) -> tuple[slice, ...]:
         """Clipped."""
@@ -327,8 +352,9 @@ class Machine:
 
         thread = threading.Thread(target=body, daemon=True)
         self.state[thread] = SimpleNamespace(
-            go=threading.Semaphore(0), done=False, until=None, products=[], stores=[], warps=warps
-        )
+            go=threading.Semaphore(0), done=False, until=None, products=[], stores=[], warps=warps,
+            read=set(),  # buffers, since the last barrier
+        )  # fmt: skip
         self.threads.append(thread)
         thread.start()
 
@@ -390,6 +416,52 @@ def run(
         _machine.run()
 
 
+def launch(
+    space: dict[str, Any], prepared: Any, tensors: Sequence[Any], written: Sequence[Any], *,
+    programs: int, seed: int,
+) -> list[np.ndarray]:  # fmt: skip
+    """What a launch of the product's own leaves in those tensors that it writes, every element
+    exactly once.
+
+    Args:
+        space: as `load` gives it.
+        prepared: a `_launch.Prepared`.
+        tensors: as `_launch.run` is given them, `written` among them.
+        programs: at most so many.
+    """
+    memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if id(x) not in memory:
+            dtype = torch.bool if x.dtype == torch.bool else torch.double
+            wide, count = (
+                torch.empty_strided(x.shape, x.stride(), dtype=kind) for kind in (dtype, torch.int)
+            )
+            memory[id(x)] = wide.copy_(x), count.zero_()
+        return memory[id(x)]
+
+    args = list(prepared.arguments(*tensors))
+    for i, given in enumerate(args):
+        box = prepared.boxes[i] if i < len(prepared.boxes) else None
+        if i < len(prepared.boxes) and box is None:
+            args[i] = None
+        elif box is not None:
+            made = box.make(given)
+            seen, count = (x.as_strided(made.shape, made.strides) for x in remember(given))
+            block = tuple(made.block_shape)
+            args[i] = Descriptor(seen.numpy(), block, given.dtype, count.numpy())
+        elif isinstance(given, torch.Tensor):
+            flat, count = (x.view(-1).numpy() for x in remember(given))
+            args[i] = Pointer(flat, writes=count)
+        elif type(given) is int:
+            args[i] = Scalar(given)
+    kernel, warps = space[prepared.kernel.fn.__name__], prepared.tile.num_warps
+    run(kernel, args, warps=warps, programs=min(programs, prepared.programs), seed=seed)
+    if not all((memory[id(x)][1] == 1).all() for x in written):
+        raise Wrong("an element not written exactly once")
+    return [memory[id(x)][0].numpy() for x in written]
+
+
 # --------------------------------------------------------------------------- Gluon's names
 
 
@@ -429,6 +501,8 @@ class _Tma:
         if not pred:
             return
         buffer.about_to_write()
+        if buffer in _machine.mine().read:
+            raise Wrong("filled before all threads have read")
         buffer.landing += 1
         box = desc.box(coordinates)
         assert tuple(buffer.shape) == tuple(desc.block)
@@ -445,9 +519,7 @@ class _Tma:
     @staticmethod
     def async_copy_shared_to_global(desc: Descriptor, coordinates: Any, buffer: Buffer) -> None:
         _machine.pause()
-        buffer.about_to_read()
-        if buffer.dirty is not None:
-            raise Wrong("store without a fence")
+        buffer.about_to_leave()
         buffer.reading += 1
         box = desc.box(coordinates)
 
@@ -474,11 +546,17 @@ def _fence() -> None:
                 item.dirty = None
 
 
+def _meet() -> None:
+    """A barrier of all threads of the role that asks."""
+    _machine.pause()
+    _machine.mine().read.clear()
+
+
 def _mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = False) -> Any:
     _machine.pause()
     in_memory = [getattr(x, "buffer", x) for x in (a, b) if not isinstance(x, Value)]
     for x in in_memory:
-        x.about_to_read()
+        x.about_to_leave()
         x.reading += 1
     if not isinstance(acc, Product):
         acc = Product(acc)
@@ -495,6 +573,7 @@ def _mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = False)
         acc.running -= 1
         for x in in_memory:
             x.reading -= 1
+        _machine.mine().read.update(in_memory)
 
     _machine.mine().products.append(complete)
     return acc
@@ -544,8 +623,9 @@ def _assembly(code: str, constraints: str, args: Any, **_: Any) -> Any:
     if "nanosleep" in code:  # a fence for the compiler
         assert int(args[0]) >= 0
         return args[0]
-    if code.startswith("ex2.approx"):
-        return value(np.exp2(args[0]))
+    for name, function in (("ex2", np.exp2), ("lg2", np.log2)):
+        if code.startswith(f"{name}.approx"):
+            return value(function(args[0]))
     if "e4m3x2" in code:
         return _e4m3_pairs(code, args)
     assert code == "fma.rn.sat.f32 $0, $1, $2, 0f3F000000;"
@@ -629,8 +709,10 @@ GL = SimpleNamespace(
     sum=lambda x, axis: x.sum(axis),
     full=lambda shape, fill, dtype, layout: value(np.full(shape, fill)),
     store=_store,
-    barrier=lambda: _machine.pause(),  # noqa: PLW0108 - another machine each time
+    barrier=_meet,
     DistributedLinearLayout=lambda *a: None,
+    BlockedLayout=lambda *a: None,
+    SwizzledSharedLayout=lambda *a: None,
     DotOperandLayout=lambda *a: None,
     SliceLayout=lambda *a: None,
     NVMMADistributedLayout=lambda *a: None,

@@ -119,36 +119,17 @@ def chosen(name: str, form: Form, **changes: Any) -> Variant:
 def launch(
     space: dict[str, Any], v: Variant, form: Form, given: tuple[Any, ...], programs: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Output and statistics of the product's own launch, every element written exactly once."""
+    """Output and statistics of the product's own launch."""
     dtype = given[0].dtype
     asked, metas = problem(form, *given)
     prepared = prepare_hopper(v, asked, metas[1], metas[3], keep=form.keep)
     b, h, n, d = form[:4]
     out = torch.full((b, n, h, d), math.nan, dtype=dtype)
     kept = torch.full((2, b, h, n), math.nan) if form.keep else None
-    q, k, values, mask = given
-    args = list(prepared.arguments(q, k, values, mask, None, None, None, out, kept))
-    for i, box in enumerate(prepared.boxes):
-        if box is not None:
-            made = box.make(args[i])
-            wide = torch.empty_strided(args[i].shape, args[i].stride(), dtype=torch.double)
-            wide.copy_(args[i])
-            seen = wide.as_strided(made.shape, made.strides).numpy()
-            args[i] = sim.Descriptor(seen, tuple(made.block_shape), dtype)
-    pointers = {
-        id(t): sim.Pointer(np.full(t.numel(), np.nan)) for t in (out, kept) if t is not None
-    }
-    if mask is not None:
-        pointers[id(mask)] = sim.Pointer(mask.reshape(-1).numpy())
-    args = [pointers.get(id(x), x) for x in args]
-    args = [sim.Scalar(x) if type(x) is int else x for x in args]
-    kernel = space[prepared.kernel.fn.__name__]
-    sim.run(kernel, args, warps=4, programs=min(programs, prepared.programs), seed=seed)
-    for t in (out, kept):
-        if t is not None and not (pointers[id(t)].writes == 1).all():
-            raise sim.Wrong("an element not written exactly once")
-    y = pointers[id(out)].array.reshape(b, n, h, d)
-    return y, None if kept is None else pointers[id(kept)].array.reshape(2, b, h, n)
+    written = [x for x in (out, kept) if x is not None]
+    tensors = (*given, None, None, None, out, kept)
+    y, *rest = sim.launch(space, prepared, tensors, written, programs=programs, seed=seed)
+    return y, rest[0] if rest else None
 
 
 def simulate(space: dict[str, Any], v: Variant, form: Form, programs: int, seed: int) -> None:

@@ -1,5 +1,5 @@
 """What Hopper's linear kernels share, forward and backward: barriers, roles of loading warps, the
-loop over a tile's products, tiles and rings. The protocol stands in `hopper.py`.
+loop over a tile's products, tiles and rings, GELU. The protocol stands in `hopper.py`.
 
 Legend: M rows, N columns of the result, K what is summed over.
 """
@@ -13,6 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from fastvit.kernels._activations import GELU_CLAMP, gelu_series
 
 CONSUMERS = gl.constexpr(2)
 
@@ -258,3 +260,23 @@ def columns(t, CHUNKS: gl.constexpr, LAYOUT: gl.constexpr):
             gl.convert_layout(c2, LAYOUT, assert_trivial=True),
             gl.convert_layout(c3, LAYOUT, assert_trivial=True),
         )
+
+
+# --------------------------------------------------------------------------- GELU
+
+GELU_CLAMP_SQUARED = gl.constexpr(GELU_CLAMP.value * GELU_CLAMP.value)
+
+
+@gluon.jit
+def normal_cdf(x, square):
+    """`_activations.normal_cdf_polynomial`, for x and x^2: the square is clamped in the place of x,
+    and the clamp to [0, 1] is a free modifier of the last multiply-add.
+
+    Beyond the clamp P stays at its last value, which overshoots, so that x P + 1/2 is past 0 or 1
+    there too. NaN: the clamped part becomes 0, and x * 0 is NaN again.
+    """
+    p = gelu_series(gl.minimum(square, GELU_CLAMP_SQUARED))
+    return gl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, 0f3F000000;", "=f,f,f", [p, x],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ Legend: M rows, N output features, K input features of the layer.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def input_choice(
     (n, k), m = weight.shape, row_count(g)
     problem = _problem({"G": g, "weight": weight, "pre": pre}, n, k)
     if problem is None and pre is not None and activation not in SLOPES[g.dtype]:
-        problem = f"the slope of {activation} in {g.dtype} would spill registers"
+        problem = f"there is no slope of {activation} in {g.dtype}"
     if problem is not None:
         return problem
     form = FORMS[(pre is not None) + hidden]
@@ -222,13 +223,9 @@ def prepare_weight_product(choice: Pieces, g: Meta, x: Meta) -> WeightProduct:
 
     (m, n), k = g.shape, x.shape[1]
     tiles_n, tiles_k, tiles = _grid(choice, n, k)
-    steps, programs = cdiv(m, BLOCK), multiprocessors(g.device)
-    table = tabulate(schedule(tiles_n, tiles_k, steps, programs), tiles_n, tiles_k, steps)
-    width = 1 + max(map(len, table.rows))
-    rows = [[len(row) // PIECE, *row] + [0] * (width - 1 - len(row)) for row in table.rows]
-    on_device = torch.tensor(rows, dtype=torch.int32, device=g.device)
-    slots = torch.tensor(table.starts, dtype=torch.int32, device=g.device)
-    constants = width, PIECE_STAGES, REGISTERS, LOAD_REGISTERS
+    programs = multiprocessors(g.device)
+    table, rows, starts = _on_device(tiles_n, tiles_k, cdiv(m, BLOCK), programs, g.device)
+    constants = rows.shape[1], PIECE_STAGES, REGISTERS, LOAD_REGISTERS
     boxes = (
         box_of((m, n), rows_of(g), (BLOCK, choice.rows), g.dtype),
         box_of((m, k), rows_of(x), (BLOCK, choice.block_k), g.dtype),
@@ -236,16 +233,28 @@ def prepare_weight_product(choice: Pieces, g: Meta, x: Meta) -> WeightProduct:
     tile = TileConfig(*choice, BLOCK, 4, PIECE_STAGES, choice.name)
     product = Prepared(
         hopper_weight_product_kernel, programs, tile,
-        lambda *tensors: (*tensors, on_device, *constants), boxes,
+        lambda *tensors: (*tensors, rows, *constants), boxes,
     )  # fmt: skip
     # few shapes differ in these, and loads past the last are masked
     most = max(8, _power(table.most)), max(16, _power(table.most_of_row))
     shape = n, k, *most, *choice, SUM_ROWS
     total = Prepared(
         sum_pieces_kernel, tiles * (choice.block_n // SUM_ROWS), TileConfig(*choice, num_warps=4),
-        lambda pieces, sums, out, total: (pieces, sums, slots, out, total, *shape),
+        lambda pieces, sums, out, total: (pieces, sums, starts, out, total, *shape),
     )  # fmt: skip
     return WeightProduct(product, total, table.starts[-1], choice)
+
+
+@functools.lru_cache(maxsize=4096)  # not `cached`: a CUDA graph that was captured reads them
+def _on_device(
+    tiles_n: int, tiles_k: int, steps: int, programs: int, device: torch.device
+) -> tuple[Table, Tensor, Tensor]:
+    """A `Table`, its rows with their counts [programs, width] and its starts."""
+    table = tabulate(schedule(tiles_n, tiles_k, steps, programs), tiles_n, tiles_k, steps)
+    width = max(map(len, table.rows))
+    rows = [[len(row) // PIECE, *row] + [0] * (width - len(row)) for row in table.rows]
+    options: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    return table, torch.tensor(rows, **options), torch.tensor(table.starts, **options)
 
 
 def _power(count: int) -> int:

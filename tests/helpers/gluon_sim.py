@@ -116,7 +116,7 @@ def _scalar(name: str) -> Any:
     return apply
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "and", "xor"):
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "and", "xor", "eq"):
     setattr(Scalar, f"__{_name}__", _scalar(f"__{_name}__"))
 
 
@@ -241,6 +241,7 @@ class Product:
 
     def __init__(self, before: Any) -> None:
         self.value, self.running = before, 0
+        self.shape, self.type = before.shape, before.type
 
     def _read(self, *_: Any) -> Any:
         raise Wrong("a product in flight is read")
@@ -479,6 +480,8 @@ def _mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = False)
     in_memory = [getattr(x, "buffer", x) for x in (a, b) if not isinstance(x, Value)]
     for x in in_memory:
         x.about_to_read()
+        if x.dirty is not None:
+            raise Wrong("product without a fence")
         x.reading += 1
     if not isinstance(acc, Product):
         acc = Product(acc)
@@ -509,23 +512,27 @@ def _mma_wait(pending: int, deps: tuple[Any, ...]) -> Any:
     return done[0] if len(done) == 1 else tuple(done)
 
 
-def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Array:
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
     if layout == "barrier":
         items: list[Any] = [Barrier() for _ in range(shape[0])]
+    elif len(shape) == 2:  # one tile
+        items = [Buffer(tuple(shape), dtype)]
     else:
         items = [Buffer(tuple(shape[1:]), dtype) for _ in range(shape[0])]
     _machine.arrays.append(Array(items, shape, dtype))
-    return _machine.arrays[-1]
+    return items[0] if len(shape) == 2 and layout != "barrier" else _machine.arrays[-1]
 
 
-def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Value:
+def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Any:
+    if pointer.array.dtype.kind == "i":
+        return Scalar(pointer.array[pointer.at])
     inside = (pointer.at >= 0) & (pointer.at < len(pointer.array))
     if (np.asarray(mask) & ~inside).any():
         raise Wrong("load past a vector's end")
     return value(np.where(mask, pointer.array[np.where(inside, pointer.at, 0)], other))
 
 
-def _store(pointer: Pointer, given: Value, mask: Any) -> None:
+def _store(pointer: Pointer, given: Value, mask: Any = True) -> None:
     _machine.pause()
     at, values, mask = np.broadcast_arrays(pointer.at, given, mask)
     if not np.isin(at[mask], np.arange(len(pointer.array))).all():
@@ -606,6 +613,12 @@ def _erf(x: Value) -> Value:
     return value(torch.erf(torch.from_numpy(np.array(x))).numpy())
 
 
+class _SharedLayout:
+    def __init__(self, *_: Any) -> None: ...
+
+    get_default_for = staticmethod(lambda *a: None)
+
+
 _maths: dict[str, Any] = {
     "constexpr": _constexpr,
     "minimum": np.minimum,
@@ -634,7 +647,8 @@ GL = SimpleNamespace(
     DotOperandLayout=lambda *a: None,
     SliceLayout=lambda *a: None,
     NVMMADistributedLayout=lambda *a: None,
-    NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *a: None),
+    BlockedLayout=lambda *a: None,
+    NVMMASharedLayout=_SharedLayout,
     arange=lambda a, b, layout: np.arange(a, b),
     convert_layout=lambda given, layout, assert_trivial=False: given,
     zeros=lambda shape, dtype, layout: value(np.zeros(shape)),

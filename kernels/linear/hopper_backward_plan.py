@@ -40,11 +40,6 @@ from fastvit.kernels.linear.hopper_plan import (
 
 BLOCK = STEP // 2  # values of a half dtype in a slot's row: N of G W, M of G^T x
 FORMS = ("plain", "slope", "hidden")  # G W; times act'(pre), with sums; that and act(pre)
-# where act' leaves the accumulator its registers
-SLOPES = {
-    torch.bfloat16: ("gelu_polynomial", "gelu_tanh", "quick_gelu", "silu", "relu"),
-    torch.float16: ("gelu_tanh", "quick_gelu", "silu", "relu"),
-}
 PIECE_TILES = ((128, 256), (256, 128))  # of G^T x, [N, K]
 PIECE_STAGES = 4
 LEAST = 6  # steps of a piece
@@ -87,14 +82,16 @@ def input_choice(
     """
     (n, k), m = weight.shape, row_count(g)
     problem = _problem({"G": g, "weight": weight, "pre": pre}, n, k)
-    if problem is None and pre is not None and activation not in SLOPES[g.dtype]:
-        problem = f"there is no slope of {activation} in {g.dtype}"
+    if problem is None and pre is not None and activation == "none":
+        problem = "there is no activation"
     if problem is not None:
         return problem
     form = FORMS[(pre is not None) + hidden]
     tiles = [("coop", *COOP_TILE)] if hidden else [("pingpong", *t) for t in PINGPONG_TILES]
-    if pre is not None:  # sums want bands of 64 columns
+    if pre is not None:  # sums want bands of 64 columns, erf beside 128 rows in turns registers
         tiles = [tile for tile in tiles if tile[2] >= 128]
+        if activation == "gelu":
+            tiles = [tile for tile in tiles if tile[:2] != ("pingpong", 128)]
     variants = [input_variant_of(*tile, form) for tile in tiles]
     processors = multiprocessors(g.device)
     return min(variants, key=lambda v: microseconds(v, m, k, n * g.dtype.itemsize, processors))

@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from fastvit.kernels._device import architecture, forget
 PROVEN_TRITON = ("3.6.0", "3.7.1")
 
 Choice = TypeVar("Choice")
+Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 
 _refused: str | None = None  # what Triton's compiler said to one of them
 
@@ -86,13 +88,27 @@ def refuse(error: Exception) -> None:
 
 
 class Refused(Exception):
-    """What was to be launched is to be prepared anew."""
+    """A Hopper kernel could not be compiled, and the one in its place takes other tensors."""
 
 
-def redo(error: Exception) -> NoReturn:
-    """`refuse`, where no one launch takes the place of this one."""
+def give_up(error: Exception) -> Any:
+    """A `Prepared.spare` of such a kernel: `or_portable` launches again."""
     refuse(error)
     raise Refused from error
+
+
+def or_portable(launch: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`launch`, which prepares and runs, again after `Refused`: by then no Hopper kernel is
+    chosen."""
+
+    @functools.wraps(launch)
+    def launching(*args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        try:
+            return launch(*args, **options)
+        except Refused:
+            return launch(*args, **options)
+
+    return launching
 
 
 @functools.cache

@@ -42,7 +42,7 @@ ROOMS = {
     "hopper": ({"_hopper_e4m3", *TRITON}, {"kernel", "hopper"}),
     "hopper_plan": (
         {"_backend", "_device", "_hopper", "_launch", "_tuning", *TRITON},
-        {"kernel", "hopper", "launch"},
+        {"kernel", "hopper", "hopper_plan", "launch"},
     ),
     "launch": (
         {"_backend", "_checks", "_device", "_hopper", "_launch", "_register", "_tuning", *TRITON},
@@ -58,6 +58,7 @@ ROOMS = {
 FORMS = {
     "kernel_backward": "kernel", "launch_backward": "launch", "hopper_long": "hopper",
     "hopper_parts": "hopper", "hopper_rope": "hopper", "hopper_backward": "hopper",
+    "hopper_backward_plan": "hopper_plan",
 }  # fmt: skip
 
 

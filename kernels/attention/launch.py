@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, packed
 from fastvit.kernels._device import architecture, cached
-from fastvit.kernels._hopper import Refused, refuse
+from fastvit.kernels._hopper import or_portable, refuse
 from fastvit.kernels._launch import Prepared, accumulator, maker, product_precision, wide_dtype
 from fastvit.kernels._launch import run as run_kernel
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
@@ -305,6 +305,7 @@ def tail_of(tokens: int, block: int) -> int:
     return min(block, max(MIN_PART, 1 << (rest - 1).bit_length())) if rest else 0
 
 
+@or_portable
 def attention_backward(
     grad: Tensor, kept: Sequence[Tensor], args: Sequence[Any], wanted: Sequence[bool]
 ) -> Grads:
@@ -324,10 +325,7 @@ def attention_backward(
         metas, *around, options, matmul_precision(), needed
     )
     if whole is not None:
-        try:
-            run_kernel(whole, *tensors, grad, out, statistics, dq, dk, dv)
-        except Refused:
-            return attention_backward(grad, kept, args, wanted)
+        run_kernel(whole, *tensors, grad, out, statistics, dq, dk, dv)
         return dq, dk, dv, None, None, None
     if copies:
         tensors = (q, k, v, mask, *in_order(cos, sin, cu_seqlens))

@@ -2,7 +2,7 @@
 
 Measured on an H200 (2026-11-27, M = 50,432, bfloat16; `proven/sm90.json`): tiles of 128x128 in
 turns win for K = 768, shared tiles of 128x256 with a residual for K = 3,072 by 2 %. The rest, all
-of e4m3 with it, follows a rule until it is measured: fewest microseconds by `_microseconds`, which
+of e4m3 with it, follows a rule until it is measured: fewest microseconds by `microseconds`, which
 fits those. Operands count by the byte: an e4m3 product is a half product of half the K.
 
 Legend: M rows, N output features, K input features.
@@ -117,7 +117,7 @@ def hopper_choice(
     if added and row_scale is None and row_bytes >= COOP_BYTES:
         variants.insert(0, variant_of("coop", *COOP_TILE, residual=True))
     processors = multiprocessors(x.device)
-    return min(variants, key=lambda v: _microseconds(v, m, n, row_bytes, processors))
+    return min(variants, key=lambda v: microseconds(v, m, n, row_bytes, processors))
 
 
 def _problem(
@@ -145,7 +145,7 @@ def _problem(
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _microseconds(v: Variant, m: int, n: int, row_bytes: int, processors: int) -> float:
+def microseconds(v: Variant, m: int, n: int, row_bytes: int, processors: int) -> float:
     """Of the products: a multiprocessor of an H200 takes in 90 KB a microsecond from the L2 cache
     and multiplies 5.6 million bytes by a column, and the busiest one has as many tiles as there are
     waves."""
@@ -216,18 +216,18 @@ def prepare_hopper(
 
     band, block_k = (choice.rows, choice.cols), STEP // x.dtype.itemsize
     boxes = (
-        _box((m, k), rows_of(x), (choice.rows, block_k), x.dtype),
-        _box((n, k), rows_of(weight), (choice.block_n, block_k), x.dtype),
-        _box((m, n), None, band, dtype),
-        None if residual is None else _box((m, n), rows_of(residual), band, dtype),
-        _box((m, n), None, band, dtype) if keep else None,
+        box_of((m, k), rows_of(x), (choice.rows, block_k), x.dtype),
+        box_of((n, k), rows_of(weight), (choice.block_n, block_k), x.dtype),
+        box_of((m, n), None, band, dtype),
+        None if residual is None else box_of((m, n), rows_of(residual), band, dtype),
+        box_of((m, n), None, band, dtype) if keep else None,
     )
     programs = min(choice.tiles(m, n), multiprocessors(x.device))
     tile = TileConfig(choice.block_m, choice.block_n, block_k, 4, choice.stages, choice.name)
     return Prepared(hopper_linear_kernel, programs, tile, of_e4m3 if e4m3 else of_half, boxes)
 
 
-def _box(
+def box_of(
     shape: tuple[int, int],
     strides: tuple[int, int] | None,  # None: packed, or will be
     block: tuple[int, int],

@@ -28,8 +28,10 @@ from torch import Tensor
 from fastvit.kernels import _launch
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, prepare_and_run
 from fastvit.kernels._device import architecture, cached, multiprocessors
-from fastvit.kernels._launch import Prepared, accumulator, fits_tma, product_precision, wide_dtype
+from fastvit.kernels._hopper import give_up, or_portable
+from fastvit.kernels._launch import Prepared, accumulator, product_precision, wide_dtype
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
+from fastvit.kernels.linear import hopper_backward_plan as hopper
 from fastvit.kernels.linear import launch as forward
 
 PASS_TILE = TileConfig(16, 128)  # of `pre_gradient_kernel`
@@ -120,33 +122,75 @@ def _prepare_pass(g: Meta, *others: Any) -> Prepared:
     )  # fmt: skip
 
 
+@or_portable
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """G (scale W): [M, N] to [M, K]."""
-    return _multiply(g, *_turned(weight, scale))
+    scaled, factor = _scaled(weight, scale)
+    launch = _prepare_hopper(*describe(g, scaled, None, factor), "none")
+    if launch is None:
+        return _multiply(g, scaled.t().contiguous(), factor)
+    out = g.new_empty(g.shape[0], weight.shape[1])
+    _launch.run(launch[0], g, scaled, None, factor, out, None, None)
+    return out
 
 
 def _multiply(g: Tensor, turned: Tensor, factor: Tensor | None) -> Tensor:
+    factor = None if factor is None else factor.expand(turned.shape[0]).contiguous()
     tensors = (g, turned, None, factor, None, None)
     return prepare_and_run(forward.prepare, forward.run, tensors, "none", dtype=g.dtype)
 
 
+class HiddenGradient(NamedTuple):
+    """Of an MLP's hidden layer, [M, K] each."""
+
+    grad: Tensor  # (G (scale W)) * act'(pre)
+    hidden: Tensor | None  # act(pre)
+    sums: Tensor | None  # [K], float64: of the columns of grad, where they cost nothing
+
+
+@or_portable
 def hidden_gradient(
-    g: Tensor, weight: Tensor, scale: Tensor | None, pre: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    """(G (scale W)) * act'(pre) and act(pre), both [M, K]; pre is [..., K]."""
-    turned, factor = _turned(weight, scale)
+    g: Tensor, weight: Tensor, scale: Tensor | None, pre: Tensor, activation: str, *,
+    wants_hidden: bool,
+) -> HiddenGradient:  # fmt: skip
+    """From G [M, N] and pre [..., K]; act(pre) where it is wanted, or comes along."""
+    scaled, factor = _scaled(weight, scale)
     pre = pre.view(g.shape[0], weight.shape[1])
+    activation = forward.exact_activation(activation, g.dtype)
+    hoppers = _prepare_hopper(*describe(g, scaled, pre, factor), activation, wants_hidden)
+    if hoppers is not None:
+        out, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_hidden else None
+        sums = g.new_empty(hoppers[1], pre.shape[1], dtype=torch.float32)
+        _launch.run(hoppers[0], g, scaled, pre, factor, out, hidden, sums)
+        return HiddenGradient(out, hidden, sums.sum(0, dtype=torch.float64))
+    turned = scaled.t().contiguous()
+    factor = None if factor is None else factor.expand(turned.shape[0]).contiguous()
     tensors = (g, turned, pre, factor)
     launch = _prepare_hidden(*describe(*tensors), activation, matmul_precision())
     hidden = torch.empty_like(pre)
     if launch is None:
         dh = _multiply(g, turned, factor)
-        out = pre_gradient(dh, g.dtype, pre=pre, hidden=hidden, activation=activation)
-        return out.grad, hidden
+        passed = pre_gradient(dh, g.dtype, pre=pre, hidden=hidden, activation=activation)
+        return HiddenGradient(passed.grad, hidden, passed.sums)
     out = torch.empty_like(pre, dtype=g.dtype)
     if out.numel():
         _launch.run(launch, *tensors, out, hidden)
-    return out, hidden
+    return HiddenGradient(out, hidden, None)
+
+
+@cached
+def _prepare_hopper(
+    g: Meta, weight: Meta, pre: Meta | None, factor: Meta | None, activation: str,
+    hidden: bool = False,
+) -> tuple[Prepared, int] | None:  # fmt: skip
+    """Of Hopper's kernel for G W, and into how many rows it sums columns; None where another one
+    runs."""
+    choice = hopper.input_variant(g, weight, pre, activation, hidden=hidden)
+    if isinstance(choice, str):
+        return None
+    launch = hopper.prepare_input_gradient(choice, g, weight, pre, activation, hidden=hidden)
+    launch.spare = give_up
+    return launch, hopper.sum_parts(choice, g.shape[0])
 
 
 @cached
@@ -168,24 +212,22 @@ def _prepare_hidden(
         pre_at, hidden_at, out_at = (Matrix(matrix, k, 1) for matrix in (pre, hidden, out))
         return Hidden(pre_at, hidden_at, out_at, factor)
 
-    activation = forward.exact_activation(activation, g.dtype)
     return forward.prepare_product(
         g, turned, tile, operands, through_activation, activation, precision
     )
 
 
-def _turned(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(scale W)^T as a linear's weight [K, N], up to a factor, given as a scale [K].
-
-    The factor keeps a small LayerScale out of float16, in which 1e-5 * W would lose its digits.
-    """
+def _scaled(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """scale W [N, K] up to a factor [1] that keeps a small LayerScale out of float16, in which
+    1e-5 * W would lose its digits; the other dtypes need none."""
     if scale is None:
-        return weight.t().contiguous(), None
-    wide = wide_dtype(weight.dtype)
+        return weight, None
+    wide, factor = wide_dtype(weight.dtype), None
     scale = scale.to(wide)
-    largest = scale.abs().amax().clamp_min(torch.finfo(wide).tiny)
-    scaled = (weight * (scale / largest)[:, None]).to(weight.dtype)
-    return scaled.t().contiguous(), largest.repeat(weight.shape[1])
+    if weight.dtype == torch.float16:
+        factor = scale.abs().amax(0, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+        scale = scale / factor
+    return (weight * scale[:, None]).to(weight.dtype), factor
 
 
 def parameter_gradients(
@@ -199,11 +241,16 @@ def parameter_gradients(
     if wants_weight or wants_scale:
         assert x is not None
         missing = sums is None and (wants_bias or (wants_scale and bias is not None))
-        partial, found = _weight_product(g, x.reshape(-1, x.shape[-1]), missing)
+        rows, final = x.reshape(-1, x.shape[-1]), weight.dtype if scale is None else None
+        partial, found = _weight_product(g, rows, missing, final)
         sums = found if missing else sums
-        dw, dscale = _weight_gradient(
-            partial, weight, bias, scale, sums, wants_weight=wants_weight, wants_scale=wants_scale
-        )
+        if partial.dim() == 2:
+            dw = partial
+        else:
+            dw, dscale = _weight_gradient(
+                partial, weight, bias, scale, sums, wants_weight=wants_weight,
+                wants_scale=wants_scale,
+            )  # fmt: skip
     if not wants_bias or bias is None:
         return dw, None, dscale
     if sums is None:
@@ -212,15 +259,30 @@ def parameter_gradients(
     return dw, db.to(bias.dtype), dscale
 
 
-def _weight_product(g: Tensor, x: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """G^T x in parts [S, N, K] of which it is the sum, and G's column sums [N] if wanted."""
+@or_portable
+def _weight_product(
+    g: Tensor, x: Tensor, wants_sums: bool, final: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """G^T x in parts [S, N, K] of which it is the sum, and G's column sums [N] if wanted; where the
+    kernel can give it, G^T x itself [N, K] in dtype `final`."""
     launch, split, rows = _prepare_weight_product(*describe(g, x), matmul_precision(), wants_sums)
+    n, k = g.shape[1], x.shape[1]
+    if isinstance(launch, hopper.WeightProduct):
+        dtype = final or torch.float32
+        pieces = g.new_empty(launch.slots, *launch.choice, dtype=torch.float32)
+        of_pieces = sums = None
+        if wants_sums:
+            of_pieces = g.new_empty(launch.slots, launch.choice.block_n, dtype=torch.float32)
+            sums = g.new_empty(n, dtype=dtype)
+        out = g.new_empty(n, k, dtype=dtype)
+        _launch.run(launch.product, g, x, pieces, of_pieces)
+        _launch.run(launch.total, pieces, of_pieces, out, sums)
+        return out if final else out[None], sums
     if launch is None:
         g, x = (g[:0], x[:0]) if _launch.idle() else (g, x)
         sums = pre_gradient(g, g.dtype, only_sums=True).sums if wants_sums else None
         return _plain_product(g, x)[None], sums
-    n = g.shape[1]
-    partial = g.new_empty(split, n, x.shape[1], dtype=wide_dtype(g.dtype))
+    partial = g.new_empty(split, n, k, dtype=wide_dtype(g.dtype))
     sums = g.new_empty(rows, n, dtype=torch.float64) if wants_sums else None
     _launch.run(launch, g, x, partial, sums)
     return partial, None if sums is None else sums.sum(0)
@@ -229,7 +291,7 @@ def _weight_product(g: Tensor, x: Tensor, wants_sums: bool) -> tuple[Tensor, Ten
 @cached
 def _prepare_weight_product(
     g: Meta, x: Meta, precision: str, wants_sums: bool
-) -> tuple[Prepared | None, int, int]:
+) -> tuple[hopper.WeightProduct | Prepared | None, int, int]:
     """The launch (None: PyTorch's product), into how many parts it splits the sum over M, and into
     how many rows the column sums."""
     from fastvit.kernels._tiles import Matrix
@@ -238,10 +300,14 @@ def _prepare_weight_product(
     (m, n), k = g.shape, x.shape[1]
     # the rows, columns and depth of this product
     tile = lookup("linear_backward", architecture(g.device), g.dtype, M=n, N=k, K=m)
+    choice = hopper.weight_variant(g, x, tile)
+    if isinstance(choice, hopper.Pieces):
+        pieces = hopper.prepare_weight_product(choice, g, x)
+        pieces.product.spare = give_up
+        return pieces, 1, 0
+    tile = forward.portable_tile(tile, g, x)
     if tile.backend == "cublas":
         return None, 1, 0
-    if tile.backend == "tma" and not (fits_tma(g) and fits_tma(x)):
-        tile = forward.PORTABLE_TILE
     rows, cols, depth = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K
     tiles_k = cdiv(k, cols)
     tiles = cdiv(n, rows) * tiles_k

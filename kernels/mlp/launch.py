@@ -8,7 +8,8 @@ Gradients, with pre = h W1^T + b1, hidden = act(pre) and G the gradient of hidde
     dpre = (G W2) * act'(pre)    dh = dpre W1    dW1 = dpre^T h    dW2 = G^T hidden
 
 The product G W2 gives dpre and hidden again in its epilogue, so the hidden layer is kept once, not
-twice. Where a norm stands in front, h is computed again too, beside the gradient of the norm.
+twice; Hopper's gives db1 too. Where a norm stands in front, h is computed again too, beside the
+gradient of the norm.
 
 Shape legend: M rows (batch x tokens), K input features, F hidden features.
 """
@@ -70,7 +71,9 @@ def mlp_backward(
     """As `_register.Gradient` has it; what is kept is pre."""
     x, norm_weight, norm_bias, w1, b1, w2, b2, scale, _, row_scale, activation, eps, skip = args
     g, sums, _ = backward.pre_gradient(grad, w2.dtype, row_scale=row_scale)
-    dpre, hidden = backward.hidden_gradient(g, w2, scale, kept[0], activation)
+    dpre, hidden, of_columns = backward.hidden_gradient(
+        g, w2, scale, kept[0], activation, wants_hidden=needs[5] or needs[7]
+    )
     of_second = backward.parameter_gradients(g, hidden, w2, b2, scale, sums, needs[5:8])
     del g, hidden  # memory for what follows
     dnorm, h = (None, None), x
@@ -82,5 +85,5 @@ def mlp_backward(
             wants_normal=needs[3],
         )  # fmt: skip
     wanted = (needs[3], needs[4], False)
-    dw1, db1, _ = backward.parameter_gradients(dpre, h, w1, b1, None, None, wanted)
+    dw1, db1, _ = backward.parameter_gradients(dpre, h, w1, b1, None, of_columns, wanted)
     return dx, *dnorm, dw1, db1, *of_second

@@ -119,7 +119,7 @@ def _scalar(name: str) -> Any:
 
 
 for _name in (
-    "add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "and", "xor", "rshift",
+    "add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "and", "xor", "rshift", "eq",
 ):  # fmt: skip
     setattr(Scalar, f"__{_name}__", _scalar(f"__{_name}__"))
 
@@ -222,6 +222,10 @@ class Buffer:
         if self.dirty is not None:
             raise Wrong("read without a fence")
 
+    def index(self, row: Any) -> View:
+        """A row."""
+        return View(self, lambda data: data[int(row)])
+
     def load(self, layout: Any) -> Value:
         """To registers."""
         return View(self, lambda data: data).load(layout)
@@ -262,12 +266,12 @@ class Product:
 
     def __init__(self, before: Any) -> None:
         self.value, self.running = before, 0
+        self.shape, self.type = before.shape, before.type
 
     def _read(self, *_: Any) -> Any:
         raise Wrong("a product in flight is read")
 
     __mul__ = __add__ = __getitem__ = __array__ = _read  # type: ignore[assignment]
-    type = property(_read)
 
 
 class Array:
@@ -588,23 +592,27 @@ def _mma_wait(pending: int, deps: tuple[Any, ...]) -> Any:
     return done[0] if len(done) == 1 else tuple(done)
 
 
-def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Array:
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
     if layout == "barrier":
         items: list[Any] = [Barrier() for _ in range(shape[0])]
+    elif len(shape) == 2:  # one tile
+        items = [Buffer(tuple(shape), dtype)]
     else:
         items = [Buffer(tuple(shape[1:]), dtype) for _ in range(shape[0])]
     _machine.arrays.append(Array(items, shape, dtype))
-    return _machine.arrays[-1]
+    return items[0] if len(shape) == 2 and layout != "barrier" else _machine.arrays[-1]
 
 
-def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Value:
+def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Any:
+    if pointer.array.dtype.kind == "i":
+        return Scalar(pointer.array[pointer.at])
     inside = (pointer.at >= 0) & (pointer.at < len(pointer.array))
     if (np.asarray(mask) & ~inside).any():
         raise Wrong("load past a vector's end")
     return value(np.where(mask, pointer.array[np.where(inside, pointer.at, 0)], other))
 
 
-def _store(pointer: Pointer, given: Value, mask: Any) -> None:
+def _store(pointer: Pointer, given: Value, mask: Any = True) -> None:
     _machine.pause()
     at, values, mask = np.broadcast_arrays(pointer.at, given, mask)
     if not np.isin(at[mask], np.arange(len(pointer.array))).all():
@@ -686,6 +694,12 @@ def _erf(x: Value) -> Value:
     return value(torch.erf(torch.from_numpy(np.array(x))).numpy())
 
 
+class _SharedLayout:
+    def __init__(self, *_: Any) -> None: ...
+
+    get_default_for = staticmethod(lambda *a: None)
+
+
 _maths: dict[str, Any] = {
     "constexpr": _constexpr,
     "minimum": np.minimum,
@@ -716,7 +730,7 @@ GL = SimpleNamespace(
     DotOperandLayout=lambda *a: None,
     SliceLayout=lambda *a: None,
     NVMMADistributedLayout=lambda *a: None,
-    NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *a: None),
+    NVMMASharedLayout=_SharedLayout,
     arange=lambda a, b, layout: np.arange(a, b),
     convert_layout=lambda given, layout, assert_trivial=False: given,
     zeros=lambda shape, dtype, layout: value(np.zeros(shape)),
@@ -741,7 +755,7 @@ def load(*paths: Path, edits: Sequence[tuple[str, str]] = (), **extra: Any) -> d
     ours and every import left out.
 
     Args:
-        edits: pairs of text and what takes its place in the last file: planted faults.
+        edits: pairs of text and what takes its place wherever it stands: planted faults.
         extra: further names.
     """
     space: dict[str, Any] = {
@@ -750,11 +764,11 @@ def load(*paths: Path, edits: Sequence[tuple[str, str]] = (), **extra: Any) -> d
         "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "struct": struct,
         "range": lambda *bounds: map(Scalar, range(*bounds)), **extra,
     }  # fmt: skip
-    for path in paths:
-        source = path.read_text()
-        for old, new in edits if path == paths[-1] else ():
-            assert old in source, f"no {old!r} in {path}"
-            source = source.replace(old, new)
+    sources = [path.read_text() for path in paths]
+    for old, new in edits:
+        assert any(old in source for source in sources), f"no {old!r} in {paths}"
+        sources = [source.replace(old, new) for source in sources]
+    for path, source in zip(paths, sources, strict=True):
         tree = ast.parse(source)
         tree.body = [x for x in tree.body if not isinstance(x, ast.Import | ast.ImportFrom)]
         exec(compile(tree, str(path), "exec"), space)

@@ -32,7 +32,10 @@ from fastvit.kernels.linear_fp8.reference import fp8_linear_reference
 from fastvit.numerics import measure
 
 ROOT = Path(__file__).parents[2] / "kernels"
-FILES = (ROOT / "_activations.py", ROOT / "_hopper_e4m3.py", ROOT / "linear" / "hopper.py")
+FILES = (
+    ROOT / "_activations.py", ROOT / "_hopper_e4m3.py", ROOT / "linear" / "hopper_parts.py",
+    ROOT / "linear" / "hopper.py",
+)  # fmt: skip
 E4M3 = torch.float8_e4m3fn
 INVERSE = 2.0  # of an e4m3 y's scale
 SMALLER = 8  # tiles of the simulation: protocols do not depend on their size
@@ -217,18 +220,20 @@ FAULTS = {
     ),
     "slot read before it has landed": (
         PINGPONG, "bias",
-        "        mbarrier.wait(full.index(stage), phase)\n        acc = warpgroup_mma(",
-        "        acc = warpgroup_mma(",
+        "    mbarrier.wait(full.index(stage), phase)\n    acc = warpgroup_mma(\n        x_bufs",
+        "    acc = warpgroup_mma(\n        x_bufs",
     ),
     "wrong parity": (
         PINGPONG, "bias", "mbarrier.wait(empty.index(stage), phase ^ 1)",
         "mbarrier.wait(empty.index(stage), phase)",
     ),
-    "consumers not in turns": (PINGPONG, "bias", "        if PINGPONG:\n            if CONSUMER",
-                               "        if False:\n            if CONSUMER"),
+    "consumers not in turns": (
+        PINGPONG, "bias", "    if PINGPONG:\n        if CONSUMER",
+        "    if False:\n        if CONSUMER",
+    ),
     "turn given too early": (
         PINGPONG, "bias",
-        "        if PINGPONG:\n            mbarrier.arrive(lead.index(CONSUMER))\n", "",
+        "    if PINGPONG:\n        mbarrier.arrive(lead.index(CONSUMER))\n", "",
     ),
     "lead never given": (COOP, "bias", "mbarrier.arrive(lead.index(CONSUMER))", "pass"),
     "buffer of y reused too early": (
@@ -242,8 +247,7 @@ FAULTS = {
         "                mbarrier",
     ),
     "last buffer given back too early": (
-        PINGPONG, "residual", "            tma.store_wait(0)\n            mbarrier",
-        "            mbarrier",
+        PINGPONG, "residual", "        tma.store_wait(0)\n        mbarrier", "        mbarrier",
     ),
     "residual of the wrong turn": (
         PINGPONG, "residual", "(turn * USES + chunk // BUFS) & 1", "(turn * 2 + chunk) & 1",

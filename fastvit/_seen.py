@@ -46,6 +46,7 @@ class _Seen:
         # neither the module nor its dict: no cycle keeps its weights alive
         self.own = _getter(_settings(module.__dict__))
         self.own_then = self.own(module.__dict__)
+        self.own_size = len(module.__dict__.keys() | {SEEN})  # a method of its own adds a name
         self.children = module._modules
         self.children_then = dict(self.children)
         self.below = tuple(m for m in module.modules() if m is not module)
@@ -79,6 +80,7 @@ class _Seen:
             if (
                 module._modules is not self.children  # a shallow copy's, as DataParallel makes them
                 or self.children != self.children_then
+                or len(module.__dict__) != self.own_size
                 or self.own(module.__dict__) != self.own_then
                 or [*map(len, self.states)] != self.sizes
                 or [*map(type, self.below)] != self.classes

@@ -3,6 +3,7 @@
 that it has in the library, `explain` says what no longer runs on our kernels, `strict` raises."""
 
 import copy
+import functools
 import io
 import pickle
 from typing import Any
@@ -121,6 +122,39 @@ def test_a_librarys_method_is_replaced(path, monkeypatch, name, kind, method, wh
     monkeypatch.undo()
     with torch.no_grad():
         assert error(case.run(), plain) <= NEAR
+
+
+# --------------------------------------------------------------------------- methods of an instance
+
+OWN_METHODS = [  # all that a library's forward calls on itself and that ours might not call
+    ("timm", "", "_pos_embed"),
+    ("timm", "", "forward_features"),
+    ("timm, eva", "", "_pos_embed"),
+    ("timm, beit", "blocks.1.attn", "_get_rel_pos_bias"),
+    ("timm, relpos", "blocks.1.attn.rel_pos", "get_bias"),
+    ("torchvision", "", "_process_input"),
+    ("open_clip", "transformer.resblocks.1", "attention"),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("name", "module", "method"), OWN_METHODS)
+def test_a_method_of_an_instance_is_replaced(path, name, module, method, when):
+    case = ALL[name]()
+    twin = copy.deepcopy(case.model)
+    with torch.no_grad():
+        plain = case.run()
+        if when == "after":
+            accelerate(case.model)
+            case.run()  # what was found of each block is kept
+        for model in (twin, case.model):
+            owner = model.get_submodule(module)
+            original = getattr(owner, method)
+            doubled = twice(lambda _, *args, f=original, **kwargs: f(*args, **kwargs))
+            setattr(owner, method, functools.partial(doubled, None))
+        theirs, ours = case.run(twin), accelerate(case.model) and case.run()
+    assert error(theirs, plain) > 100 * NEAR
+    assert error(ours, theirs) <= NEAR
 
 
 # --------------------------------------------------------------------------- torchvision

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 SEEN = "fastvit_seen"  # attribute of a module that was looked at; in no copy, pickle or state_dict
 Found = TypeVar("Found")
-Watched = tuple[dict[str, Any], tuple[str, ...]]  # a namespace, and names in it
+Watched = tuple[Mapping[str, Any], tuple[str, ...]]  # a namespace, and names in it
 
 _forward = operator.attrgetter("forward")  # of a class, where users put another
 _dicts_of = operator.itemgetter(

@@ -14,7 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastvit.kernels.attention.op import MAX_HEAD_DIM
 
 PLAIN = frozenset({nn.Parameter, Tensor, type(None)})  # parameters not quantised, not sharded
-CALLED = frozenset({"rel_pos", "relative_position_bias"})  # by every block, so may be what it likes
+# by every block, so may be what they like
+CALLED = frozenset({"rel_pos", "relative_position_bias", "residual"})
 
 # parent, name and class of a layer -> what it should be in words, None for what it is
 Wanted = Callable[[nn.Module, str, type[nn.Module]], str | None]
@@ -129,8 +130,12 @@ setattr(_patched_owner, "_dynamo_marked_constant", True)  # noqa: B010
 @functools.lru_cache(maxsize=4096)
 def _belongs(owner: type, name: str, method: Any) -> bool:
     package = owner.__module__.partition(".")[0]
-    home = getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0]
-    return home == package and method.__qualname__ == f"{owner.__qualname__}.{name}"
+    return package_of(method) == package and method.__qualname__ == f"{owner.__qualname__}.{name}"
+
+
+def package_of(function: Any) -> str:
+    """Where a function was defined, whatever a decorator says."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
 
 
 def is_traced() -> bool:

@@ -17,8 +17,10 @@ from open_clip import transformer as open_clip
 from timm_models import TOLERANCE, Doubled, error, small
 from torch import Tensor, nn
 from torch.jit._trace import TracingCheckError
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip
 from transformers.models.dinov2 import modeling_dinov2
+from transformers.models.vit import modeling_vit
 from transformers_models import build as transformers_model
 from transformers_models import eager
 
@@ -122,6 +124,26 @@ def test_a_librarys_method_is_replaced(path, monkeypatch, name, kind, method, wh
     monkeypatch.undo()
     with torch.no_grad():
         assert error(case.run(), plain) <= NEAR
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_transformers_attention_function_is_replaced(path, monkeypatch, when, implementation):
+    case = LIBRARIES["transformers, vit"]()
+    case.model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        plain = case.run()
+        if when == "after":
+            accelerate(case.model)
+            case.run()
+        eager_name, functions = "eager_attention_forward", ALL_ATTENTION_FUNCTIONS._local_mapping
+        if implementation == "eager":
+            mine = twice(modeling_vit.eager_attention_forward)
+            monkeypatch.setattr(modeling_vit, eager_name, mine)
+        else:
+            monkeypatch.setitem(functions, "sdpa", twice(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+        assert error(accelerate(case.model) and case.run(), plain) > 100 * NEAR
+    assert_library(case, f"attention '{implementation}' was replaced")
 
 
 # --------------------------------------------------------------------------- methods of an instance

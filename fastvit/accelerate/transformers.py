@@ -158,27 +158,26 @@ class FastLayer(FastBlock):
 def _with_maps(layer: nn.Module) -> Iterator[None]:
     """Within, the attention of `layer` gives its maps, which eager does by itself and sdpa does
     not."""
-    inner: list[Any] = [*layer.modules()][1:]
-    attention: Any = next(filter(_is_captured, inner), None) or next(
-        filter(calls_sdpa, inner), None
-    )
-    state = {} if attention is None else attention.__dict__
-    config, kind = state.get("config"), type(attention)
-    if calls_sdpa(attention):
-        attention.__class__ = kind.__base__  # the eager one
+    attention: Any = next(filter(_gives_maps, [*layer.modules()][1:]), None)
+    config = getattr(attention, "config", None)
+    spelt_out = calls_sdpa(attention) and "forward" not in attention.__dict__
+    if spelt_out:
+        eager: Any = type(attention).__base__
+        attention.forward = functools.partial(eager.forward, attention)
     elif config is not None and config._attn_implementation in _WITHOUT_MAPS:
         attention.config = copy.copy(config)
         attention.config._attn_implementation = NAME
     try:
         yield
     finally:
-        if attention is not None:
-            attention.__class__ = kind
-            state.update({} if config is None else {"config": config})
+        if spelt_out:
+            del attention.forward
+        elif config is not None:
+            attention.config = config
 
 
-def _is_captured(module: nn.Module) -> bool:
-    return any(map(is_capturing, module._forward_hooks.values()))
+def _gives_maps(module: nn.Module) -> bool:
+    return calls_sdpa(module) or any(map(is_capturing, module._forward_hooks.values()))
 
 
 def _understands(layer: Any, parts: Parts, given: dict[str, Any]) -> bool:

@@ -188,7 +188,7 @@ def _attend_map(size: int, parts: Parts, x: Tensor, mask: Tensor | None) -> Tens
     """`parts.attend` of a map [B, H, W, D], within windows of `size` (0 for the whole map), which
     are filled up with zeros after the norm. Source: arXiv:2203.16527, section 3."""
     h = apply_norm(parts.norm1, x)
-    height, width = h.shape[1:3]
+    windows, (height, width) = h.shape[:1], h.shape[1:3]
     if size > 0:
         h = F.pad(h, (0, 0, 0, -width % size, 0, -height % size))
         h = h.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)

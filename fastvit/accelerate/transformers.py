@@ -31,8 +31,8 @@ from fastvit.accelerate.attention_interface import NAME, is_capturing, register,
 from fastvit.accelerate.block import FastBlock, block_part, fast_class, library_class, original_of
 from fastvit.accelerate.plan import Part
 from fastvit.accelerate.single import find_single
-from fastvit.accelerate.transformers_layers import FAMILIES, calls_sdpa, family_of, wanted
-from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle, package_of
+from fastvit.accelerate.transformers_layers import EXACT, FAMILIES, OWN, calls_sdpa, family_of
+from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle, package_of, wanted_by
 from fastvit.parts import Parts
 
 # after attention_interface, which imports transformers with what it needs
@@ -59,7 +59,7 @@ _OPTIONS = frozenset(  # those that change nothing in a layer, or that `FastLaye
 def take_apart(layer: Any) -> Parts | Obstacle:
     """Of a class in `FAMILIES`."""
     kind = library_class(layer)
-    found = layer_obstacle(layer, functools.partial(wanted, kind.__module__), is_capturing)
+    found = layer_obstacle(layer, wanted_by(EXACT, OWN, kind.__module__), is_capturing)
     if found is not None:
         return found
     family = FAMILIES[family_of(kind)]

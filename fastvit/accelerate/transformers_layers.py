@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit._compat import import_transformers
-from fastvit.obstacles import wanted_of
 from fastvit.parts import (
     Parts,
     Rope,
@@ -313,45 +312,13 @@ _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"} | {
     }.items()
     if hasattr(activations, name)
 }  # fmt: skip
-_IDENTITY = frozenset({nn.Identity})
-_DROPOUT = (_IDENTITY | {nn.Dropout}, ())
-_NORM = (_IDENTITY | {nn.LayerNorm}, ("RMSNorm",))
-_LINEAR = (frozenset({nn.Linear}), ())
-_ACT = (frozenset(_ACTIVATIONS), ())
-_ATTENTION = (frozenset(), ("Attention",))
-_MLP = (frozenset(), ("MLP", "MLPBlock", "Mlp", "SwiGLUFFN"))
-_NOTHING = (frozenset(), ())
-# what each submodule of a layer may be, by its name: exact classes, and how the name of one of the
-# family's own ends
-_KINDS: dict[str, tuple[frozenset[type], tuple[str, ...]]] = {
-    "layernorm_before": _NORM, "layernorm_after": _NORM, "norm1": _NORM, "norm2": _NORM,
-    "layer_norm1": _NORM, "layer_norm2": _NORM, "rms_norm1": _NORM, "rms_norm2": _NORM,
-    "q_norm": _NORM, "k_norm": _NORM,
-    "attention": _ATTENTION, "self_attn": _ATTENTION, "attn": _ATTENTION,
-    "qkv": _LINEAR, "proj": _LINEAR, "lin1": _LINEAR, "lin2": _LINEAR,
-    "q_proj": _LINEAR, "k_proj": _LINEAR, "v_proj": _LINEAR, "o_proj": _LINEAR, "query": _LINEAR,
-    "key": _LINEAR, "value": _LINEAR, "out_proj": _LINEAR, "projection_layer": _LINEAR,
-    "mlp": _MLP, "ffn": _MLP, "fc1": _LINEAR, "fc2": _LINEAR, "up_proj": _LINEAR,
-    "gate_proj": _LINEAR, "down_proj": _LINEAR, "dense": _LINEAR,
-    "intermediate": (frozenset(), ("Intermediate",)), "output": (frozenset(), ("Output",)),
-    "activation_fn": _ACT, "act_fn": _ACT, "act": _ACT, "activation": _ACT,
-    "intermediate_act_fn": _ACT,
-    "dropout": _DROPOUT, "projection_dropout": _DROPOUT, "drop": _DROPOUT,
-    "drop_path": (_IDENTITY, ("DropPath",)),
-    "layer_scale1": (frozenset(), ("LayerScale",)), "layer_scale2": (frozenset(), ("LayerScale",)),
-    "relative_position_bias": (frozenset(), ("RelativePositionBias",)),
+# what layers may be, for `obstacles.wanted_by`
+EXACT = {"norm": frozenset({nn.Identity}), "activation": frozenset(_ACTIVATIONS)}
+OWN = {
+    "norm": ("RMSNorm",), "inner norm": ("RMSNorm",), "attention": ("Attention",),
+    "mlp": ("MLP", "MLPBlock", "Mlp", "SwiGLUFFN"), "drop path": ("DropPath",),
+    "layer scale": ("LayerScale",), "intermediate": ("Intermediate",), "output": ("Output",),
 }  # fmt: skip
-
-
-def wanted(module: str, parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
-    exact, own = _KINDS.get(name, _NOTHING)
-    family = kind.__module__ == module and not kind.__name__.endswith("MoeMLP")
-    if family and kind.__name__.endswith(own):
-        return None
-    return wanted_of(exact, kind) and " or ".join(
-        [*(f"the family's {end}" for end in own), *sorted(k.__name__ for k in exact)]
-        or ["nothing of that name"]
-    )
 
 
 def family_of(kind: type) -> str:

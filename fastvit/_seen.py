@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 SEEN = "fastvit_seen"  # attribute of a module that was looked at; in no copy, pickle or state_dict
 Found = TypeVar("Found")
-Watched = tuple[dict[str, Any], tuple[str, ...]]  # a namespace, and names in it
+Watched = tuple[Mapping[str, Any], tuple[str, ...]]  # a namespace, and names in it
 
 _forward = operator.attrgetter("forward")  # of a class, where users put another
 _dicts_of = operator.itemgetter(
@@ -46,6 +46,7 @@ class _Seen:
         # neither the module nor its dict: no cycle keeps its weights alive
         self.own = _getter(_settings(module.__dict__))
         self.own_then = self.own(module.__dict__)
+        self.own_size = len(module.__dict__.keys() | {SEEN})  # a method of its own adds a name
         self.children = module._modules
         self.children_then = dict(self.children)
         self.below = tuple(m for m in module.modules() if m is not module)
@@ -79,6 +80,7 @@ class _Seen:
             if (
                 module._modules is not self.children  # a shallow copy's, as DataParallel makes them
                 or self.children != self.children_then
+                or len(module.__dict__) != self.own_size
                 or self.own(module.__dict__) != self.own_then
                 or [*map(len, self.states)] != self.sizes
                 or [*map(type, self.below)] != self.classes

@@ -14,10 +14,40 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastvit.kernels.attention.op import MAX_HEAD_DIM
 
 PLAIN = frozenset({nn.Parameter, Tensor, type(None)})  # parameters not quantised, not sharded
-CALLED = frozenset({"rel_pos", "relative_position_bias"})  # by every block, so may be what it likes
+# by every block, so may be what they like
+CALLED = frozenset({"rel_pos", "relative_position_bias", "residual"})
 
 # parent, name and class of a layer -> what it should be in words, None for what it is
 Wanted = Callable[[nn.Module, str, type[nn.Module]], str | None]
+_NONE: frozenset[type] = frozenset()
+_NAMES = {  # what libraries call the layers of a block, by what they are
+    "norm": (
+        "norm1 norm2 ln_1 ln_2 layernorm_before layernorm_after layer_norm1 layer_norm2 rms_norm1 "
+        "rms_norm2 in_norm sub_norm"
+    ),
+    "inner norm": "q_norm k_norm norm",
+    "linear": (
+        "qkv q_proj k_proj v_proj q kv query key value proj o_proj out_proj projection_layer gate "
+        "fc1 fc2 fc1_g fc1_x w12 w3 lin1 lin2 up_proj gate_proj down_proj c_fc c_proj dense "
+        "in_proj attn_out_proj mlp_out_proj"
+    ),
+    "dropout": "attn_drop proj_drop mlp_drop drop drop1 drop2 dropout projection_dropout",
+    "activation": "act mlp_act gelu activation activation_fn act_fn intermediate_act_fn",
+    "drop path": "drop_path drop_path1 drop_path2",
+    "layer scale": "ls ls1 ls2 ls_1 ls_2 layer_scale1 layer_scale2",
+    "attention": "attn attention self_attn self_attention",
+    "mlp": "mlp ffn",
+}
+_ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
+_TORCH: dict[str, frozenset[type]] = {  # torch's own, in every library
+    "norm": frozenset({nn.LayerNorm}),
+    "inner norm": frozenset({nn.LayerNorm, nn.Identity}),
+    "linear": frozenset({nn.Linear}),
+    "dropout": frozenset({nn.Dropout, nn.Identity}),
+    "activation": frozenset({nn.GELU, nn.ReLU, nn.SiLU}),
+    "drop path": frozenset({nn.Identity}),
+    "layer scale": frozenset({nn.Identity}),
+}
 
 
 class Obstacle(NamedTuple):
@@ -92,9 +122,39 @@ def module_obstacle(
 
 def wanted_of(kinds: Iterable[type], kind: type) -> str | None:
     """`kinds` in words, None if `kind` is one of them."""
-    if kind in kinds:
-        return None
-    return " or ".join(sorted({each.__name__ for each in kinds})) or "nothing of that name"
+    return None if kind in kinds else _in_words(_names(kinds))
+
+
+def _names(kinds: Iterable[type]) -> list[str]:
+    return sorted({each.__name__ for each in kinds})
+
+
+def _in_words(names: list[str]) -> str:
+    return " or ".join(names) or "nothing of that name"
+
+
+def wanted_by(
+    exact: dict[str, frozenset[type]], own: dict[str, tuple[str, ...]] | None = None, home: str = ""
+) -> Wanted:
+    """What the layers of a library's blocks may be, for `layer_obstacle`.
+
+    Args:
+        exact: classes by what a layer is (`_NAMES`), beside torch's own, or by its name.
+        own: by what a layer is, how the names of classes end that the library defines.
+        home: how the names of the modules begin where it does.
+    """
+
+    def wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+        role = _ROLES.get(name, name)
+        kinds = exact.get(name)
+        if kinds is None:
+            kinds = exact.get(role, _NONE) | _TORCH.get(role, _NONE)
+        ends = () if own is None else own.get(role, ())
+        if kind in kinds or (kind.__name__.endswith(ends) and kind.__module__.startswith(home)):
+            return None
+        return _in_words([*(f"the library's {end}" for end in ends), *_names(kinds)])
+
+    return wanted
 
 
 def own_forward(module: nn.Module) -> Obstacle | None:
@@ -129,8 +189,12 @@ setattr(_patched_owner, "_dynamo_marked_constant", True)  # noqa: B010
 @functools.lru_cache(maxsize=4096)
 def _belongs(owner: type, name: str, method: Any) -> bool:
     package = owner.__module__.partition(".")[0]
-    home = getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0]
-    return home == package and method.__qualname__ == f"{owner.__qualname__}.{name}"
+    return package_of(method) == package and method.__qualname__ == f"{owner.__qualname__}.{name}"
+
+
+def package_of(function: Any) -> str:
+    """Where a function was defined, whatever a decorator says."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
 
 
 def is_traced() -> bool:

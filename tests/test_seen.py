@@ -60,6 +60,7 @@ CHANGES = {
     "forward": lambda b: setattr(b.mlp, "forward", lambda x: x),
     "parameter's class": lambda b: setattr(b.mlp.fc1, "weight", Quantised(b.mlp.fc1.weight.data)),
     "no bias": lambda b: setattr(b.mlp.fc1, "bias", None),
+    "method of its own": lambda b: setattr(b, "_drop", hook),
     "option": lambda b: setattr(b.attn, "scale", 1.0),
     "option gone": lambda b: delattr(b.attn, "fused_attn"),
     "parameter more": lambda b: b.mlp.act.register_parameter("p", nn.Parameter(torch.ones(1))),

@@ -10,7 +10,6 @@ Shape legend: B batch, N tokens, D width.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -26,26 +25,13 @@ from fastvit.accelerate.block import (
 )
 from fastvit.accelerate.plan import Part
 from fastvit.accelerate.single import find_single
-from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle, wanted_of
+from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle, wanted_by
 from fastvit.parts import Parts, activation_name, drop_or_none, scale_of
 
 _DINO = "vision_transformer"  # the module's name in torch.hub's folder
-_LINEAR = frozenset({nn.Linear})
-_NORM = frozenset({nn.LayerNorm})
-_IDENTITY = frozenset({nn.Identity})
-_DROPOUT = _IDENTITY | {nn.Dropout}
-_NOTHING: tuple[frozenset[type], tuple[str, ...]] = (frozenset(), ())
-# what each submodule may be, by its name: exact classes, and names of the library's own
-_KINDS: dict[str, tuple[frozenset[type], tuple[str, ...]]] = {
-    "norm1": (_NORM, ()), "norm2": (_NORM, ()), "qkv": (_LINEAR, ()), "proj": (_LINEAR, ()),
-    "attn": (frozenset(), ("Attention", "MemEffAttention")),
-    "attn_drop": (_DROPOUT, ()), "proj_drop": (_DROPOUT, ()), "drop": (_DROPOUT, ()),
-    "ls1": (_IDENTITY, ("LayerScale",)), "ls2": (_IDENTITY, ("LayerScale",)),
-    "drop_path": (_IDENTITY, ("DropPath",)), "drop_path1": (_IDENTITY, ("DropPath",)),
-    "drop_path2": (_IDENTITY, ("DropPath",)),
-    "mlp": (frozenset(), ("Mlp", "SwiGLUFFN", "SwiGLUFFNFused", "SwiGLUFFNAligned")),
-    "fc1": (_LINEAR, ()), "fc2": (_LINEAR, ()), "w12": (_LINEAR, ()), "w3": (_LINEAR, ()),
-    "act": (frozenset({nn.GELU, nn.SiLU, nn.ReLU}), ()),
+_OWN = {
+    "attention": ("Attention",), "layer scale": ("LayerScale",), "drop path": ("DropPath",),
+    "mlp": ("Mlp", "SwiGLUFFN", "SwiGLUFFNFused", "SwiGLUFFNAligned"),
 }  # fmt: skip
 _FORWARDS = {  # arguments after self
     "Block": (["x"], ["x", "return_attention"]),
@@ -59,7 +45,7 @@ def take_apart(block: Any) -> Parts | Obstacle:
     arguments = list(inspect.signature(kind.forward).parameters)[1:]
     if arguments not in _FORWARDS[kind.__name__]:
         return Obstacle(f"its forward takes {', '.join(arguments)}", lasting=True)
-    found = layer_obstacle(block, functools.partial(_wanted, _package(kind)))
+    found = layer_obstacle(block, wanted_by({}, _OWN, _package(kind)))
     if found is not None:
         return found
     layers = block._modules
@@ -88,13 +74,6 @@ def _package(kind: type) -> str:
     """``dinov2.layers.`` of dinov2.layers.block, where the block's submodules come from too."""
     name = kind.__module__
     return name if name == _DINO else name.removesuffix("block")
-
-
-def _wanted(package: str, parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
-    exact, own = _KINDS.get(name, _NOTHING)
-    if kind.__module__.startswith(package) and kind.__name__ in own:
-        return None
-    return wanted_of(exact, kind) and " or ".join([*own, *sorted(k.__name__ for k in exact)])
 
 
 class FastDinoBlock(FastBlock):

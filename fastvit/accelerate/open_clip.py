@@ -17,7 +17,7 @@ from fastvit._compat import import_torchvision
 from fastvit.accelerate.block import FastBlock, applies, block_part, fast, original_of
 from fastvit.accelerate.plan import Part
 from fastvit.accelerate.single import find_single, single_part
-from fastvit.obstacles import Obstacle, layer_obstacle, mha_obstacle, patched, wanted_of
+from fastvit.obstacles import Obstacle, layer_obstacle, mha_obstacle, patched, wanted_by
 from fastvit.parts import Parts, activation_name, apply_norm, packed_weights_of, scale_of
 
 import_torchvision()  # before open_clip, which imports it
@@ -32,19 +32,11 @@ from open_clip.transformer import (  # noqa: E402
     VisionTransformer,
 )
 
-_NORM = frozenset({nn.LayerNorm, LayerNorm, LayerNormFp32})
-_LINEAR = frozenset({nn.Linear})
-_LAYER_SCALE = frozenset({LayerScale, nn.Identity})
-_KINDS: dict[str, frozenset[type]] = {
-    "ln_1": _NORM, "attn": frozenset({nn.MultiheadAttention}), "ls_1": _LAYER_SCALE,
-    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "ln_2": _NORM,
-    "mlp": frozenset({nn.Sequential}), "c_fc": _LINEAR, "gelu": frozenset({nn.GELU, QuickGELU}),
-    "c_proj": _LINEAR, "ls_2": _LAYER_SCALE,
-}  # fmt: skip
-
-
-def _wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
-    return wanted_of(_KINDS.get(name, frozenset()), kind)
+_WANTED = wanted_by({
+    "norm": frozenset({LayerNorm, LayerNormFp32}), "attention": frozenset({nn.MultiheadAttention}),
+    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "mlp": frozenset({nn.Sequential}),
+    "activation": frozenset({QuickGELU}), "layer scale": frozenset({LayerScale}),
+})  # fmt: skip
 
 
 @fast(ResidualAttentionBlock)
@@ -57,7 +49,7 @@ class FastResidualAttentionBlock(FastBlock, ResidualAttentionBlock):
     def take_apart(block: Any) -> Parts | Obstacle:
         """Of a `ResidualAttentionBlock`."""
         attn, mlp = block.attn, block.mlp
-        found = layer_obstacle(block, _wanted) or mha_obstacle(attn)
+        found = layer_obstacle(block, _WANTED) or mha_obstacle(attn)
         found = found or patched(ResidualAttentionBlock, "attention")
         if "attention" in block.__dict__:
             found = Obstacle("has an attention of its own", lasting=False)

@@ -27,6 +27,7 @@ from fastvit.obstacles import (
     mha_obstacle,
     module_obstacle,
     patched,
+    wanted_by,
     wanted_of,
 )
 from fastvit.parts import Parts, activation_name, drop_or_none, packed_weights_of
@@ -40,20 +41,14 @@ from torchvision.models.vision_transformer import (  # noqa: E402
     VisionTransformer,
 )
 
-_NORM = frozenset({nn.LayerNorm})
-_LINEAR = frozenset({nn.Linear})
 _CONV = frozenset({nn.Conv2d, FastPatchConv2d})
-_DROPOUT = frozenset({nn.Dropout, nn.Identity})
-_KINDS: dict[str, frozenset[type]] = {  # "0" to "4" are the MLP's
-    "ln_1": _NORM, "self_attention": frozenset({nn.MultiheadAttention}),
-    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "dropout": _DROPOUT, "ln_2": _NORM,
-    "mlp": frozenset({MLPBlock}), "0": _LINEAR, "1": frozenset({nn.GELU, nn.ReLU, nn.SiLU}),
-    "2": _DROPOUT, "3": _LINEAR, "4": _DROPOUT,
-}  # fmt: skip
-
-
-def _wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
-    return wanted_of(_KINDS.get(name, frozenset()), kind)
+_LINEAR, _DROPOUT = frozenset({nn.Linear}), frozenset({nn.Dropout, nn.Identity})
+_WANTED = wanted_by({
+    "attention": frozenset({nn.MultiheadAttention}),
+    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "mlp": frozenset({MLPBlock}),
+    "0": _LINEAR, "1": frozenset({nn.GELU, nn.ReLU, nn.SiLU}), "2": _DROPOUT, "3": _LINEAR,
+    "4": _DROPOUT,
+})  # fmt: skip
 
 
 @fast(EncoderBlock)
@@ -64,7 +59,7 @@ class FastEncoderBlock(FastBlock, EncoderBlock):
     def take_apart(block: Any) -> Parts | Obstacle:
         """Of an `EncoderBlock`."""
         attn, mlp = block.self_attention, block.mlp
-        found = layer_obstacle(block, _wanted) or mha_obstacle(attn)
+        found = layer_obstacle(block, _WANTED) or mha_obstacle(attn)
         return found or Parts(
             block.ln_1, attn, (attn,), attn.num_heads, attn.out_proj,
             block.ln_2, mlp[0], activation_name(mlp[1]), mlp[3],

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fastvit.accelerate import accelerate
 from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.plan import make_plan
+from fastvit.check import families, models
 from fastvit.numerics import exact_convolutions, randomise
 
 TOLERANCE = 1e-5  # of the largest output, float32: room for another order of sums
@@ -80,11 +81,9 @@ class Library:
 
 def libraries() -> dict[str, Library]:
     """The libraries by name."""
-    from fastvit.accelerate import families
-    from fastvit.check import models as coverage_models
 
     def timm(name: str) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
-        model, inputs = coverage_models.build_small(name, seed=SEED)
+        model, inputs = models.build_small(name, seed=SEED)
         return model, lambda model: model(inputs)
 
     def transformers(name: str) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
@@ -94,8 +93,8 @@ def libraries() -> dict[str, Library]:
         return model, lambda model: model(**inputs)
 
     return {
-        "timm": Library(coverage_models.architectures, timm),
-        "transformers": Library(families.families, transformers),
+        "timm": Library(models.architectures, timm),
+        "transformers": Library(lambda: list(families.FAMILIES), transformers),
         "torchvision": Library(_torchvision_names, _torchvision),
         "open_clip": Library(_open_clip_names, _open_clip),
     }

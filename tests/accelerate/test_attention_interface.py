@@ -12,18 +12,18 @@ from timm_models import TOLERANCE, error, reseed
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers_models import FUSED, build, eager, largest_error
+from transformers_models import build, eager, largest_error
 
 import fastvit
 from fastvit import numerics
 from fastvit.accelerate.attention_interface import attention_forward
-from fastvit.accelerate.families import tensors
+from fastvit.check.families import FAMILIES, tensors
 from fastvit.numerics import randomise
 
 fastvit.register_transformers()
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
     model, inputs = build(name)
     reference = eager(model)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastvit import ops
 from fastvit.accelerate import accelerate
-from fastvit.accelerate.families import tensors
+from fastvit.check.families import tensors
 
 ALL = {**LIBRARIES, **GATED, **OTHERS}
 

@@ -14,8 +14,6 @@ import torch
 from timm_models import TOLERANCE, classes, error
 from torch import nn
 from transformers_models import (
-    FUSED,
-    LEFT,
     UNFUSED_PROJECTION,
     build,
     eager,
@@ -27,14 +25,14 @@ import fastvit
 from fastvit import numerics
 from fastvit.accelerate import accelerate, restore
 from fastvit.accelerate import transformers as fast
-from fastvit.accelerate.families import tensors
 from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.plan import make_plan
+from fastvit.check.families import FAMILIES, tensors
 
 # --------------------------------------------------------------------------- same numbers
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_same_output_parameters_and_restore(name):
     model, inputs = build(name)
     reference, before = eager(model), classes(model)
@@ -55,7 +53,7 @@ def test_same_output_parameters_and_restore(name):
         assert largest_error(model(**inputs), as_was) == 0
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_everything_is_fused(name):
     model, _ = build(name)
     plan = make_plan(model, find_parts(model))
@@ -70,24 +68,7 @@ def test_everything_is_fused(name):
         accelerate(model, strict=True)
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_what_has_its_own_attention_is_left_and_explained(name):
-    model, inputs = build(name)
-    before = classes(model)
-    with torch.no_grad():
-        theirs = model(**inputs)
-        with pytest.warns(RuntimeWarning, match="changed nothing"):
-            accelerate(model)
-        assert classes(model) == before
-        assert largest_error(model(**inputs), theirs) == 0
-    plan = make_plan(model, find_parts(model))
-    assert len(plan.left_blocks) == 2
-    assert all("attention" in str(row.reason) for row in plan.rows)
-    with pytest.raises(RuntimeError, match=plan.left_blocks[0]):
-        accelerate(model, strict=True)
-
-
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_states_and_attentions(name):
     """Present and eager's, also before and after a forward that was not asked for them."""
     model, inputs = build(name)
@@ -114,7 +95,7 @@ def takes_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and parameter.numel() > 0
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gradients(name):
     model, inputs = build(name)
     reference = eager(model)
@@ -131,7 +112,7 @@ def test_gradients(name):
         assert float((ours[key] - grad).abs().max()) <= TOLERANCE * largest, key
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_training_draws_the_same_random_numbers(name):
     """Against sdpa, whose attention draws as ours does."""
     model, inputs = with_dropout(name)
@@ -146,8 +127,7 @@ def test_training_draws_the_same_random_numbers(name):
     assert largest_error(model(**inputs), outputs[0]) > 100 * TOLERANCE or name in NOT_RANDOM
 
 
-# configs without a rate of dropout
-NOT_RANDOM: tuple[str, ...] = ()
+NOT_RANDOM = ("SamVision",)  # its sdpa drops nothing, and it has no other rate
 
 
 # --------------------------------------------------------------------------- masks, dtypes, sizes
@@ -268,11 +248,14 @@ def test_autocast():
 # --------------------------------------------------------------------------- kernels
 
 
-@pytest.mark.parametrize("name", ["BEiT", "Dinov2 SwiGLU", "DINOv3ViT", "VideoMAE", "Aimv2"])
+@pytest.mark.parametrize(
+    "name",
+    ["BEiT", "Dinov2 SwiGLU", "DINOv3ViT", "VideoMAE", "Aimv2", "SamVision", "VitDet", "Hiera"],
+)
 def test_triton_path(name, triton_path):
     """In the interpreter, one for each way that layers differ: bias and LayerScale, gated MLP,
-    rotary positions, tubelets, RMSNorm."""
-    model, inputs = build(name, num_hidden_layers=1)
+    rotary positions, tubelets, RMSNorm, windows, maps of channels first, pooled queries."""
+    model, inputs = build(name, **({} if name == "Hiera" else {"num_hidden_layers": 1}))
     with torch.no_grad(), fastvit.ops.backend("torch"):
         wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
         truth = tensors(eager(model).double()(**wide))[0]

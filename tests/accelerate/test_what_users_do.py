@@ -3,6 +3,7 @@
 that it has in the library, `explain` says what no longer runs on our kernels, `strict` raises."""
 
 import copy
+import functools
 import io
 import pickle
 from typing import Any
@@ -16,8 +17,10 @@ from open_clip import transformer as open_clip
 from timm_models import TOLERANCE, Doubled, error, small
 from torch import Tensor, nn
 from torch.jit._trace import TracingCheckError
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip
 from transformers.models.dinov2 import modeling_dinov2
+from transformers.models.vit import modeling_vit
 from transformers_models import build as transformers_model
 from transformers_models import eager
 
@@ -121,6 +124,59 @@ def test_a_librarys_method_is_replaced(path, monkeypatch, name, kind, method, wh
     monkeypatch.undo()
     with torch.no_grad():
         assert error(case.run(), plain) <= NEAR
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_transformers_attention_function_is_replaced(path, monkeypatch, when, implementation):
+    case = LIBRARIES["transformers, vit"]()
+    case.model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        plain = case.run()
+        if when == "after":
+            accelerate(case.model)
+            case.run()
+        eager_name, functions = "eager_attention_forward", ALL_ATTENTION_FUNCTIONS._local_mapping
+        if implementation == "eager":
+            mine = twice(modeling_vit.eager_attention_forward)
+            monkeypatch.setattr(modeling_vit, eager_name, mine)
+        else:
+            monkeypatch.setitem(functions, "sdpa", twice(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+        assert error(accelerate(case.model) and case.run(), plain) > 100 * NEAR
+    assert_library(case, f"attention '{implementation}' was replaced")
+
+
+# --------------------------------------------------------------------------- methods of an instance
+
+OWN_METHODS = [  # all that a library's forward calls on itself and that ours might not call
+    ("timm", "", "_pos_embed"),
+    ("timm", "", "forward_features"),
+    ("timm, eva", "", "_pos_embed"),
+    ("timm, beit", "blocks.1.attn", "_get_rel_pos_bias"),
+    ("timm, relpos", "blocks.1.attn.rel_pos", "get_bias"),
+    ("torchvision", "", "_process_input"),
+    ("open_clip", "transformer.resblocks.1", "attention"),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("name", "module", "method"), OWN_METHODS)
+def test_a_method_of_an_instance_is_replaced(path, name, module, method, when):
+    case = ALL[name]()
+    twin = copy.deepcopy(case.model)
+    with torch.no_grad():
+        plain = case.run()
+        if when == "after":
+            accelerate(case.model)
+            case.run()  # what was found of each block is kept
+        for model in (twin, case.model):
+            owner = model.get_submodule(module)
+            original = getattr(owner, method)
+            doubled = twice(lambda _, *args, f=original, **kwargs: f(*args, **kwargs))
+            setattr(owner, method, functools.partial(doubled, None))
+        theirs, ours = case.run(twin), accelerate(case.model) and case.run()
+    assert error(theirs, plain) > 100 * NEAR
+    assert error(ours, theirs) <= NEAR
 
 
 # --------------------------------------------------------------------------- torchvision

@@ -14,7 +14,8 @@ from timm.data.transforms_factory import create_transform
 from typer.testing import CliRunner
 
 from fastvit import ops
-from fastvit.accelerate import explain, families
+from fastvit.accelerate import explain
+from fastvit.check import families
 from fastvit.cli.main import app
 from fastvit.samples import load_image, photo
 from fastvit.train import DataConfig, load_data

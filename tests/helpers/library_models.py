@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 from transformers_models import build as transformers_model
 
-from fastvit.accelerate.families import tensors
+from fastvit.check.families import tensors
 from fastvit.numerics import randomise
 
 sys.path.append(str(Path(__file__).parent / "stand_ins"))  # DINO's and DINOv2's repositories
@@ -108,9 +108,12 @@ GATED: dict[str, Callable[[], Case]] = {
     "transformers, gated": lambda: _transformers("DINOv3ViT gated"),
     "dinov2, gated": lambda: _dinov2(swiglu=True),
 }
-# whose blocks are not pre-norm
+# whose blocks are not pre-norm, or whose attention is another
 OTHERS: dict[str, Callable[[], Case]] = {
     "timm, post-norm": lambda: _timm("vit_relpos_base_patch16_224", **SMALL),
     "timm, parallel": lambda: _timm("vit_base_patch16_xp_224", **SMALL),
     "timm, things": lambda: _timm("vit_base_patch16_18x2_224", **SMALL),
+    "transformers, sam": lambda: _transformers("SamVision"),
+    "transformers, vitdet": lambda: _transformers("VitDet"),
+    "transformers, hiera": lambda: _transformers("Hiera"),
 }

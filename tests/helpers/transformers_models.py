@@ -7,13 +7,13 @@ import torch
 from timm_models import error, reseed
 from torch import Tensor, nn
 
-from fastvit.accelerate.families import LEFT, families, tensors, tiny_model
+from fastvit.check.families import tensors, tiny_model
 from fastvit.numerics import randomise
 
-FUSED = [name for name in families() if name not in LEFT]
-
 # where the patch projection is no plain convolution over an image
-UNFUSED_PROJECTION = {"ViTPose": "does not cut patches side by side"}  # it pads
+UNFUSED_PROJECTION = {  # they pad, or overlap
+    "ViTPose": "does not cut patches side by side", "Hiera": "does not cut patches side by side",
+}  # fmt: skip
 
 DROPOUT = {
     "hidden_dropout_prob": 0.3,
@@ -44,6 +44,9 @@ def eager(model: nn.Module) -> Any:
     """A copy with transformers' eager attention, where the family lets it be chosen."""
     twin: Any = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
+    for module in twin.modules():
+        if "Sdpa" in type(module).__name__:  # chosen when the model was built
+            module.__class__ = type(module).__base__
     return twin
 
 

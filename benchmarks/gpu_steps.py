@@ -145,10 +145,13 @@ def proof_items(settings: Settings) -> dict[str, Item]:
     from fastvit.kernels._spec import Case, OpSpec
     from fastvit.kernels.specs import all_specs
 
-    def prove(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    def prove(spec: OpSpec, case: Case, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
         if settings.dry_run:
-            return {"configuration": ledger.configuration_of(spec, case, dtype)}
-        entry = ledger.prove(spec, case, dtype, settings.device, settings.seed)
+            found = ledger.configuration_of(spec, case, dtype, backward=backward)
+            return {"configuration": found}
+        entry = ledger.prove(
+            spec, case, dtype, settings.device, settings.seed, backward=backward
+        )  # fmt: skip
         if entry is None:
             return {"skipped": f"{case.name}: not one Hopper kernel, or one with a mask"}
         op = entry["configuration"]["op"]
@@ -156,12 +159,15 @@ def proof_items(settings: Settings) -> dict[str, Item]:
         return {"configuration": entry["configuration"], **entry["proof"]["numerics"][0]}
 
     return {
-        f"{spec.name}, {case.name}, {str(dtype).removeprefix('torch.')}": functools.partial(
-            prove, spec, case, dtype
+        f"{spec.name}{', gradients' * backward}, {case.name}, "
+        f"{str(dtype).removeprefix('torch.')}": functools.partial(
+            prove, spec, case, dtype, backward=backward
         )
         for spec in all_specs().values()
         for case in spec.gpu_cases * (not spec.fp8)
         for dtype in (torch.bfloat16, torch.float16)
+        for backward in (False, True)
+        if not backward or spec.name.startswith("attention")
     }
 
 

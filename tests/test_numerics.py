@@ -30,16 +30,24 @@ def row(ours_error: float, eager_error: float) -> numerics.Row:
 
 def test_cases_for_a_gpu_take_hoppers_kernels():
     """All that they are for; without a GPU, or in float32, the certificate leaves them out."""
-    names = set()
+    names, gradients = set(), set()
     for spec in all_specs().values():
         for case in spec.gpu_cases:
+            inputs = spec.inputs(case, torch.bfloat16, seed=None)
             with _device.emulate("sm90"), recorded() as found, torch.no_grad():
-                spec.op(**spec.inputs(case, torch.bfloat16, seed=None))
+                spec.op(**inputs)
             names.add(found[-1][0].tile.backend)  # before it q and k may be turned
+            if spec.name.startswith("attention"):
+                leaves = [inputs[x].requires_grad_() for x in ("q", "k", "v", "qkv") if x in inputs]
+                with _device.emulate("sm90"), recorded() as found:
+                    y = spec.op(**inputs)
+                    torch.autograd.grad(y, leaves, torch.empty_like(y))
+                gradients.add(found[-1][0].tile.backend)
         assert certified(spec, torch.float32, "cuda") == spec.cases
         assert certified(spec, torch.float16, "cpu") == spec.cases
         assert certified(spec, torch.float16, "cuda") == spec.cases + spec.gpu_cases
     assert names == {"pingpong", "coop", "roles", "head", "stream", "stay"}
+    assert gradients == {"whole", ""}
 
 
 def test_errors_are_maximum_and_rms():

@@ -36,6 +36,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from fastvit import numerics
 from fastvit.check import audit
@@ -314,11 +315,12 @@ _BUILDERS = {"linear": _linear, "linear_fp8": _linear, "attention": _attention}
 
 
 def configuration_of(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu"
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu", *, backward: bool = False
 ) -> dict[str, Any] | None:
-    """Of the kernel that `case` of ``linear`` or an attention launches; None if that is not one
-    of Hopper's alone, or has a mask, whose strides and dtype no configuration holds."""
-    launch = _recorded(spec, case, dtype, device)
+    """Of the kernel that `case` of ``linear`` or an attention launches, or its gradients; None if
+    that is not one of Hopper's alone, or has a mask, whose strides and dtype no configuration
+    holds."""
+    launch = _recorded(spec, case, dtype, device, backward=backward)
     tile = None if launch is None else launch[0].tile
     inputs, sizes = spec.inputs(case, dtype, device, seed=None), case.sizes
     if tile is None or not tile.backend or inputs.get("attn_mask") is not None:
@@ -340,47 +342,61 @@ def configuration_of(
 
 
 def _recorded(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: str
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str, *, backward: bool
 ) -> tuple[Prepared, tuple[Any, ...]] | None:
-    with torch.no_grad(), recorded() as found:
-        spec.op(**spec.inputs(case, dtype, device, seed=None))
-    return found[0] if len(found) == 1 else None
+    with recorded() as found:
+        _results(spec, spec.inputs(case, dtype, device, seed=None), backward=backward)
+    wanted = found[int(backward) :]  # after the forward
+    return wanted[0] if len(wanted) == 1 else None
+
+
+def _results(spec: OpSpec, inputs: dict[str, Any], *, backward: bool) -> tuple[Tensor, ...]:
+    """The output, or the gradients of all tensors."""
+    with torch.set_grad_enabled(backward):
+        tensors = [x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()]
+        leaves = [x.requires_grad_() for x in tensors if backward]
+        y = spec.op(**inputs)
+        return torch.autograd.grad(y, leaves, y.detach()) if backward else (y,)
 
 
 def prove(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cuda", seed: int = 0
-) -> dict[str, Any] | None:
-    """An entry for the ledger, from this machine's GPU; None as `configuration_of`.
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cuda", seed: int = 0, *,
+    backward: bool = False,
+) -> dict[str, Any] | None:  # fmt: skip
+    """An entry for the ledger, from this machine's GPU; arguments and None as `configuration_of`.
 
     Raises:
         ValueError: the configuration does not give the machine code that ran.
     """
-    configuration = configuration_of(spec, case, dtype, device)
-    launch = _recorded(spec, case, dtype, device)
+    configuration = configuration_of(spec, case, dtype, device, backward=backward)
+    launch = _recorded(spec, case, dtype, device, backward=backward)
     if configuration is None or launch is None:
         return None
     with _offline():
         ran, rebuilt = (audit.as_launch(*x, "sm90").key() for x in (launch, build(configuration)))
     if ran != rebuilt:
         raise ValueError(f"{label(configuration)} is not all there is to know of it")
-    ((output,), inputs) = (
-        numerics.compare_case(spec, case, dtype, device=device, seed=seed).rows,
-        spec.inputs(case, dtype, device, seed),
-    )
-    with torch.no_grad():
-        same = torch.equal(spec.op(**inputs), spec.op(**inputs))
+    report = numerics.compare_case(
+        spec, case, dtype, backward=backward, device=device, seed=seed
+    )  # fmt: skip
+    inputs = spec.inputs(case, dtype, device, seed)
+    one, other = (_results(spec, inputs, backward=backward) for _ in range(2))
+    same = all(map(torch.equal, one, other))
     facts = environment()
-    check = {
-        **case.sizes, "inputs": "random", "truth": "float64", "seed": seed,
-        **{name: value for name, value in vars(output).items() if name.endswith("error")},
-        "same_bits": same, "passed": output.passed and same,
-    }  # fmt: skip
+    checks = [
+        {
+            **case.sizes, "of": row.name, "inputs": "random", "truth": "float64", "seed": seed,
+            **{name: value for name, value in vars(row).items() if name.endswith("error")},
+            "same_bits": same, "passed": row.passed and same,
+        }
+        for row in report.rows[int(backward) :]
+    ]  # fmt: skip
     return {
         "configuration": configuration,
         "fingerprints": {facts["triton"]: read(compile_offline(*launch))["fingerprint"]},
         "proof": {
             "card": facts["gpu"], "date": facts["date"][:10], "torch": facts["torch"],
-            "triton": facts["triton"], "commit": facts["git_commit"], "numerics": [check],
+            "triton": facts["triton"], "commit": facts["git_commit"], "numerics": checks,
             "source": "the product's kernel, by benchmarks/gpu.py; not timed there", "times": [],
         },
     }  # fmt: skip

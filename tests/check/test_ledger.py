@@ -130,11 +130,14 @@ from fastvit.kernels.specs import all_specs
 for spec in all_specs().values():
     for case in spec.gpu_cases * (not spec.fp8):
         for dtype in (torch.bfloat16, torch.float16):
-            c = ledger.configuration_of(spec, case, dtype)
-            if c is not None:
-                ran = audit.as_launch(*ledger._recorded(spec, case, dtype, "cpu"), "sm90")
-                assert ran.key() == audit.as_launch(*ledger.build(c), "sm90").key(), c
-            print(spec.name, c and c["variant"])
+            half = dtype == torch.bfloat16 and spec.name.startswith("attention")
+            for backward in (False, True)[: 1 + half]:  # the other dtype's differs in nothing
+                c = ledger.configuration_of(spec, case, dtype, backward=backward)
+                if c is not None:
+                    ran = ledger._recorded(spec, case, dtype, "cpu", backward=backward)
+                    ran = audit.as_launch(*ran, "sm90")
+                    assert ran.key() == audit.as_launch(*ledger.build(c), "sm90").key(), c
+                print(spec.name + " gradients" * backward, c and c["variant"])
 """
 
 
@@ -145,6 +148,8 @@ def test_a_case_for_a_gpu_has_a_configuration():
     assert found["linear pingpong"] == 10
     assert found["linear coop"] == 2
     assert found["attention_qkv stay"] == 2
+    assert found["attention_qkv gradients whole"] == 4
+    assert found["attention gradients whole"] == 2
     assert "linear None" not in found
 
 

@@ -19,6 +19,11 @@ LINEAR: tuple[tuple[Any, ...], ...] = tuple(
         ("residual, long sums", 3072, 768, {"residual": True}),
     )
 )
+# name, M, K, F and options of an MLP behind a norm
+MLP: tuple[tuple[Any, ...], ...] = (
+    ("M=1,000, silu, no bias", 1000, 1000, 768, {"activation": "silu", "full": False}),
+    ("M=25,216, gelu", 25_216, 768, 3072, {"full": True}),
+)
 # name, B, H, N, d and options of an attention of q, k and v
 ATTENTION: tuple[tuple[Any, ...], ...] = (
     ("N=197, separate", 16, 12, 197, 64, {}),

@@ -262,6 +262,41 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     return prepared, prepared.for_triton(*tensors.values())
 
 
+def _linear_backward(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
+    """Of G W, whose ``operands`` are "pre", "hidden" and "factor", or of G^T x, variant ``pieces``,
+    perhaps with "sums"."""
+    from fastvit.kernels.linear import hopper_backward_plan as plan
+    from fastvit.kernels.linear.launch import exact_activation
+
+    dtype: torch.dtype = getattr(torch, configuration["dtype"])
+    n, k, there = configuration["N"], configuration["K"], configuration["operands"]
+    name, tile = configuration["variant"], configuration["tile"][:2]
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    g, wide = new(ROWS, n), torch.float32
+    if name == "pieces":
+        x, choice = new(ROWS, k), plan.Pieces(*tile)
+        of_g, of_x = describe(g, x)
+        launches = plan.prepare_weight_product(choice, of_g, of_x)
+        pieces = new(launches.slots, *choice, dtype=wide)
+        sums = new(launches.slots, choice.block_n, dtype=wide) if "sums" in there else None
+        return launches.product, launches.product.for_triton(g, x, pieces, sums)
+    pre, hidden = (new(ROWS, k) if matrix in there else None for matrix in ("pre", "hidden"))
+    form = plan.FORMS[len({"pre", "hidden"} & {*there})]
+    choice = plan.input_variant_of(name, tile[0], tile[1], form)
+    activation = exact_activation(configuration["activation"], dtype)
+    of_g, of_weight, of_pre = describe(g, new(n, k), pre)
+    prepared = plan.prepare_input_gradient(
+        choice, of_g, of_weight, of_pre, activation, hidden=hidden is not None
+    )
+    sums = None if pre is None else new(plan.sum_parts(choice, ROWS), k, dtype=wide)
+    factor = new(1, dtype=wide) if "factor" in there else None
+    tensors = (g, new(n, k), pre, factor, new(ROWS, k), hidden, sums)
+    return prepared, prepared.for_triton(*tensors)
+
+
 def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
     """Of packed qkv, or where ``operands`` has "separate" of q, k and v; M is N if it is not
     given. Variant ``whole`` is their gradients."""
@@ -308,7 +343,11 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
     return prepared, prepared.for_triton(*(tensors.get(x) for x in order))
 
 
-_BUILDERS = {"linear": _linear, "linear_fp8": _linear, "attention": _attention}
+# those of ``linear_backward`` stand among linear's own
+_BUILDERS = {
+    "linear": _linear, "linear_backward": _linear_backward, "linear_fp8": _linear,
+    "attention": _attention,
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------- proofs

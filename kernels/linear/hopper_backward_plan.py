@@ -1,6 +1,6 @@
 """Which of Hopper's kernels gives a gradient of y = x W^T + b, and its launches.
 
-Proven right on an H200 and not timed (2026-11-27, `proven_backward/sm90.json`): tiles of 128x128 in
+Proven right on an H200 and not timed (2026-11-27, `proven/sm90.json`): tiles of 128x128 in
 turns and shared ones of 128x256 for G W, pieces of 128x256 and 256x128 for G^T x. So the choice
 follows rules: of G W as `hopper_plan` has it, where act(pre) is wanted too shared tiles, for which
 alone the registers suffice; of G^T x fewest tiles.

@@ -28,7 +28,7 @@ from torch import Tensor
 from fastvit.kernels import _launch
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, prepare_and_run
 from fastvit.kernels._device import architecture, cached, multiprocessors
-from fastvit.kernels._hopper import give_up, or_portable
+from fastvit.kernels._hopper import or_portable, redo
 from fastvit.kernels._launch import Prepared, accumulator, product_precision, wide_dtype
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.linear import hopper_backward_plan as hopper
@@ -189,7 +189,7 @@ def _prepare_hopper(
     if isinstance(choice, str):
         return None
     launch = hopper.prepare_input_gradient(choice, g, weight, pre, activation, hidden=hidden)
-    launch.spare = give_up
+    launch.spare = redo
     return launch, hopper.sum_parts(choice, g.shape[0])
 
 
@@ -303,7 +303,7 @@ def _prepare_weight_product(
     choice = hopper.weight_variant(g, x, tile)
     if isinstance(choice, hopper.Pieces):
         pieces = hopper.prepare_weight_product(choice, g, x)
-        pieces.product.spare = give_up
+        pieces.product.spare = redo
         return pieces, 1, 0
     tile = forward.portable_tile(tile, g, x)
     if tile.backend == "cublas":

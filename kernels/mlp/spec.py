@@ -1,5 +1,6 @@
 """Cases, FLOPs and bytes of `mlp`, behind a norm or not."""
 
+from fastvit.kernels._hopper_cases import MLP
 from fastvit.kernels._spec import Case, OpSpec, drawn, vit_b
 from fastvit.kernels.mlp.op import mlp
 from fastvit.kernels.mlp.reference import mlp_reference
@@ -42,5 +43,8 @@ _NORM_CASES = (
 _BENCH, _NORM_BENCH = (vit_b(_case, 768, 3072, full=True, norm=norm) for norm in (False, True))
 SPECS = (
     OpSpec("mlp", mlp, mlp_reference, _CASES, _BENCH, _flops, _bytes),
-    OpSpec("norm_mlp", mlp, mlp_reference, _NORM_CASES, _NORM_BENCH, _flops, _norm_bytes),
-)
+    OpSpec(
+        "norm_mlp", mlp, mlp_reference, _NORM_CASES, _NORM_BENCH, _flops, _norm_bytes,
+        gpu_cases=tuple(_case(*sizes, **options, norm=True) for *sizes, options in MLP),
+    ),
+)  # fmt: skip

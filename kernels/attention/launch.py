@@ -207,6 +207,7 @@ class Attention(NamedTuple):
 
     launch: Prepared | None  # None for an empty result
     shape: tuple[int, ...]  # of the output: [B, N, H, d], [B, N, H*d] or [T, H*d]
+    dtype: torch.dtype
     statistics: tuple[int, ...] | None  # shape of what the backward reads, if that is wanted
     wide: torch.dtype  # its dtype
     copies: bool
@@ -214,15 +215,18 @@ class Attention(NamedTuple):
 
 
 @cached
-def prepare(*args: Any, keep: bool = False) -> Attention:
+def prepare(*args: Any, keep: bool = False, out_scale: float | None = None) -> Attention:
     """Of a `Meta` or None for each tensor of the module's docstring, what `Options` holds, and the
-    precision as `matmul_precision` gives it. With `keep` what the backward reads is wanted too."""
+    precision as `matmul_precision` gives it. With `keep` what the backward reads is wanted too;
+    with `out_scale` the output over it, as e4m3."""
     q, k, v, mask = args[:4]
     problem = problem_of(args[:7], Options(*args[7:11]), args[11])
     batch, h, n, m, d = problem.sizes
     shape = (batch, n, h, d) if k is not None else (*q.shape[:-1], h * d)
     statistics = (2, batch, h, n) if keep else None
-    prepared = Attention(None, shape, statistics, wide_dtype(q.dtype), problem.copies)
+    inverse = None if out_scale is None else 1.0 / out_scale
+    dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
+    prepared = Attention(None, shape, dtype, statistics, wide_dtype(q.dtype), problem.copies)
     if 0 in shape:
         return prepared
     choice = problem.tile()
@@ -234,7 +238,8 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
         tile = portable_tile(choice)
         return problem.launch(
             attention_kernel, problem.programs(n, tile.BLOCK_M), tile, (strides, None),
-            problem.form(strides), tile.BLOCK_M, tile.BLOCK_N, problem.tail(m, tile.BLOCK_N),
+            inverse, problem.form(strides), tile.BLOCK_M, tile.BLOCK_N,
+            problem.tail(m, tile.BLOCK_N),
         )  # fmt: skip
 
     variant = hopper_variant(problem, q, k, v, mask, choice)
@@ -244,7 +249,7 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
     if (left := turned(problem, q, v)) is not None:
         turn = prepare_turn(problem)
         problem, _, k, _ = left
-    launch = prepare_hopper(variant, problem, k, mask, keep=keep)
+    launch = prepare_hopper(variant, problem, k, mask, keep=keep, inverse=inverse)
     launch.spare = lambda error: refuse(error) or portable(problem)
     return prepared._replace(launch=launch, turn=turn)
 
@@ -252,8 +257,8 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
 def run(prepared: Attention, q: Tensor, *others: Tensor | None) -> Any:
     """The output, and with `keep` also what the backward reads: each query's maximum (in base 2)
     and 1 / sum, [2, B, H, N]."""
-    launch, shape, statistics, wide, copies, turn = prepared
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    launch, shape, dtype, statistics, wide, copies, turn = prepared
+    out = torch.empty(shape, dtype=dtype, device=q.device)
     kept = None if statistics is None else torch.empty(statistics, dtype=wide, device=q.device)
     if launch is not None:
         if copies:

@@ -262,8 +262,8 @@ def _linear(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
 
 
 def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
-    """Of packed qkv, or where ``operands`` has "separate" of q, k and v; M is N if it is not
-    given. Variant ``whole`` is their gradients."""
+    """Of packed qkv, or where ``operands`` has "separate" of q, k and v, with "e4m3" to that; M is
+    N if it is not given. Variant ``whole`` is their gradients."""
     from fastvit.kernels.attention import hopper_plan as plan
     from fastvit.kernels.attention.launch import Options, problem_of
 
@@ -280,6 +280,7 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
     shapes |= {"grad": shapes["out"]} | gradients if gradients else {}
     kinds = {"mask": torch.bool if "bool mask" in operands else torch.float32}
     kinds["kept"] = torch.float32
+    kinds |= {"out": torch.float8_e4m3fn} if "e4m3" in operands else {}
     device = torch.device("meta")
     tensors = {
         x: torch.empty(s, dtype=kinds.get(x, dtype), device=device) for x, s in shapes.items()
@@ -300,9 +301,10 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
         order = (*order, "out", "kept")
     if isinstance(choice, str) or choice.name != name:
         raise ValueError(f"no such kernel: {configuration}: {choice}")
+    inverse = 100.0 if "e4m3" in operands else None
     prepared = (
         plan.prepare_whole(choice, problem, k, grad) if isinstance(choice, plan.Whole)
-        else plan.prepare_hopper(choice, problem, k, mask, keep="kept" in shapes)
+        else plan.prepare_hopper(choice, problem, k, mask, keep="kept" in shapes, inverse=inverse)
     )  # fmt: skip
     return prepared, prepared.for_triton(*(tensors.get(x) for x in order))
 
@@ -334,7 +336,7 @@ def configuration_of(
     if tile.backend in LONG and tile.BLOCK_N != 128:
         more["block"] = tile.BLOCK_N
     return common | {
-        "op": "attention", "operands": ["separate"] * ("q" in inputs),
+        "op": "attention", "operands": ["separate"] * ("k" in inputs) + ["e4m3"] * spec.fp8,
         **{name: sizes[name] for name in "BHNd"}, **more,
     }  # fmt: skip
 

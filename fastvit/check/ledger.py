@@ -289,7 +289,7 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
     metas = describe(*(tensors.get(x) for x in order))
     q, k, v, mask, *_ = metas
     assert q is not None
-    options = Options(h, 0, d**-0.5, half=False)
+    options = Options(h, 0, d**-0.5, half=False, out_scale=0.01 if "e4m3" in operands else None)
     problem = problem_of(metas, options, "highest")
     tile = TileConfig(64, configuration.get("block", 128), backend=name)
     grad, out = describe(tensors.get("grad"), tensors["out"])
@@ -301,10 +301,9 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
         order = (*order, "out", "kept")
     if isinstance(choice, str) or choice.name != name:
         raise ValueError(f"no such kernel: {configuration}: {choice}")
-    inverse = 100.0 if "e4m3" in operands else None
     prepared = (
         plan.prepare_whole(choice, problem, k, grad) if isinstance(choice, plan.Whole)
-        else plan.prepare_hopper(choice, problem, k, mask, keep="kept" in shapes, inverse=inverse)
+        else plan.prepare_hopper(choice, problem, k, mask, keep="kept" in shapes)
     )  # fmt: skip
     return prepared, prepared.for_triton(*(tensors.get(x) for x in order))
 

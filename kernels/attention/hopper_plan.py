@@ -287,11 +287,9 @@ def _room(m: int, d: int, block: int, *, stays: bool) -> tuple[int, int, int] | 
 
 
 def prepare_hopper(
-    choice: Variant, problem: Problem, k: Meta | None, mask: Meta | None, *, keep: bool,
-    inverse: float | None = None,
-) -> Prepared:  # fmt: skip
-    """`run` is given the tensors of `launch.py`, the output [B, N, H, d] and the statistics. An
-    output in e4m3 has the `inverse` of its scale."""
+    choice: Variant, problem: Problem, k: Meta | None, mask: Meta | None, *, keep: bool
+) -> Prepared:
+    """`run` is given the tensors of `launch.py`, the output [B, N, H, d] and the statistics."""
     batch, h, n, m, d = problem.sizes
     d0, d1 = channel_parts(d)
     scale, keys = problem.options.scale * LOG2E, None if n == m else m
@@ -317,7 +315,7 @@ def prepare_hopper(
             keys_of = q if k is None else k
             return (
                 q, keys_of, keys_of, keys_of, v, v, v, out, n, h, choice.items, scale, keys, kept,
-                inverse, d, *choice.parts, *constants,
+                problem.inverse, d, *choice.parts, *constants,
             )  # fmt: skip
 
     else:
@@ -340,8 +338,8 @@ def prepare_hopper(
             keys_of = q if k is None else k
             return (
                 q, q, *(keys_of,) * 6, *(v,) * 6, out, out if kept is None else kept,
-                out if mask is None else mask, n, h, *counts, *strides, scale, keys, inverse,
-                *constants,
+                out if mask is None else mask, n, h, *counts, *strides, scale, keys,
+                problem.inverse, *constants,
             )  # fmt: skip
 
     tile = TileConfig(ROWS, choice.parts[0], 0, 4, choice.stages, choice.name)

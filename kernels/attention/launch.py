@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, packed
-from fastvit.kernels._device import architecture, cached
+from fastvit.kernels._device import architecture, cached, check_fp8_device
 from fastvit.kernels._hopper import Refused, refuse
 from fastvit.kernels._launch import Prepared, accumulator, maker, product_precision, wide_dtype
 from fastvit.kernels._launch import run as run_kernel
@@ -52,6 +52,7 @@ class Options(NamedTuple):
     longest: int  # tokens of the longest packed image, for the choice of tiles; 0 for the mean
     scale: Any  # a float, or None for 1/sqrt(d)
     half: bool  # as `rotate_half` of `fastvit.ops.attention`
+    out_scale: float | None = None  # the output is e4m3, over it
 
 
 class Problem(NamedTuple):
@@ -67,6 +68,11 @@ class Problem(NamedTuple):
     options: Options
     precision: str
     copies: bool  # the tables or cu_seqlens are to be copied first
+
+    @property
+    def inverse(self) -> float | None:
+        """What multiplies an output in e4m3."""
+        return None if self.options.out_scale is None else 1.0 / self.options.out_scale
 
     def by_head(self, x: Meta) -> Strides:
         """Of [B, N, H, d] or [..., N, H*d], or the first third of [..., N, 3*H*d]."""
@@ -215,17 +221,17 @@ class Attention(NamedTuple):
 
 
 @cached
-def prepare(*args: Any, keep: bool = False, out_scale: float | None = None) -> Attention:
+def prepare(*args: Any, keep: bool = False) -> Attention:
     """Of a `Meta` or None for each tensor of the module's docstring, what `Options` holds, and the
-    precision as `matmul_precision` gives it. With `keep` what the backward reads is wanted too;
-    with `out_scale` the output over it, as e4m3."""
+    precision as `matmul_precision` gives it. With `keep` what the backward reads is wanted too."""
     q, k, v, mask = args[:4]
-    problem = problem_of(args[:7], Options(*args[7:11]), args[11])
+    problem = problem_of(args[:7], Options(*args[7:-1]), args[-1])
+    if problem.inverse is not None:
+        check_fp8_device("fp8_attention", q.device)
     batch, h, n, m, d = problem.sizes
     shape = (batch, n, h, d) if k is not None else (*q.shape[:-1], h * d)
     statistics = (2, batch, h, n) if keep else None
-    inverse = None if out_scale is None else 1.0 / out_scale
-    dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
+    dtype = q.dtype if problem.inverse is None else torch.float8_e4m3fn
     prepared = Attention(None, shape, dtype, statistics, wide_dtype(q.dtype), problem.copies)
     if 0 in shape:
         return prepared
@@ -238,7 +244,7 @@ def prepare(*args: Any, keep: bool = False, out_scale: float | None = None) -> A
         tile = portable_tile(choice)
         return problem.launch(
             attention_kernel, problem.programs(n, tile.BLOCK_M), tile, (strides, None),
-            inverse, problem.form(strides), tile.BLOCK_M, tile.BLOCK_N,
+            problem.inverse, problem.form(strides), tile.BLOCK_M, tile.BLOCK_N,
             problem.tail(m, tile.BLOCK_N),
         )  # fmt: skip
 
@@ -249,7 +255,7 @@ def prepare(*args: Any, keep: bool = False, out_scale: float | None = None) -> A
     if (left := turned(problem, q, v)) is not None:
         turn = prepare_turn(problem)
         problem, _, k, _ = left
-    launch = prepare_hopper(variant, problem, k, mask, keep=keep, inverse=inverse)
+    launch = prepare_hopper(variant, problem, k, mask, keep=keep)
     launch.spare = lambda error: refuse(error) or portable(problem)
     return prepared._replace(launch=launch, turn=turn)
 

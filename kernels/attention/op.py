@@ -152,7 +152,7 @@ def _fake_kept(*args: Any) -> tuple[Tensor]:
 
 
 def attention_flops(*args: Any) -> int:
-    q, k, *_, cu_seqlens, num_heads, _, _, _ = args
+    q, k, _, _, _, _, cu_seqlens, num_heads, *_ = args
     b, h, n, m, d = sizes_of(q, k, num_heads)
     pairs = b * n * m if cu_seqlens is None else int(cu_seqlens.diff().long().square().sum())
     return 4 * pairs * h * d

@@ -13,7 +13,6 @@ from fastvit.kernels._device import cached, check_fp8_device
 from fastvit.kernels._hopper import refuse
 from fastvit.kernels._launch import Output, Prepared, as_rows, as_vector
 from fastvit.kernels._tuning import TileConfig, cdiv
-from fastvit.kernels.attention import launch as attention
 from fastvit.kernels.layer_norm import launch as layer_norm
 from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear import launch as linear
@@ -75,13 +74,6 @@ def prepare_norm(
     """A layer norm over `out_scale`."""
     check_fp8_device("fp8_layer_norm", x.device)
     return layer_norm.prepare(x, weight, bias, eps, out_scale=out_scale)
-
-
-@cached
-def prepare_attention(*args: Any) -> attention.Attention:
-    """Arguments as of `attention.prepare`, with `out_scale` before the precision."""
-    check_fp8_device("fp8_attention", args[0].device)
-    return attention.prepare(*args[:-2], args[-1], out_scale=args[-2])
 
 
 @cached

@@ -14,16 +14,8 @@ from fastvit.kernels._register import define_op
 from fastvit.kernels.attention import op as attention
 from fastvit.kernels.layer_norm.op import check_layer_norm
 from fastvit.kernels.linear.op import check_epilogue, product_flops
-from fastvit.kernels.linear_fp8 import launch
-from fastvit.kernels.linear_fp8.reference import (
-    E4M3,
-    E4M3_MAX,
-    fp8_layer_norm_reference,
-    fp8_linear_reference,
-    fp8_quantize_reference,
-)
-
-__all__ = ["E4M3", "E4M3_MAX", "fp8_attention", "fp8_layer_norm", "fp8_linear", "fp8_quantize"]
+from fastvit.kernels.linear_fp8 import launch, reference
+from fastvit.kernels.linear_fp8.reference import E4M3
 
 
 def _check_linear(
@@ -56,7 +48,8 @@ _fp8_linear = define_op(
     "fp8_linear",
     "Tensor x, Tensor weight, Tensor factor, Tensor? bias, Tensor? scale, Tensor? residual, "
     "str activation, float? out_scale, ScalarType dtype",
-    _check_linear, launch.prepare, run_to_output, eager=fp8_linear_reference, flops=product_flops,
+    _check_linear, launch.prepare, run_to_output, flops=product_flops,
+    eager=reference.fp8_linear_reference,
     fake=lambda x, weight, *rest: x.new_empty(
         (*x.shape[:-1], weight.shape[0]), dtype=rest[-1] if rest[-2] is None else E4M3
     ),
@@ -64,21 +57,20 @@ _fp8_linear = define_op(
 _fp8_layer_norm = define_op(
     "fp8_layer_norm", "Tensor x, Tensor? weight, Tensor? bias, float eps, float out_scale",
     functools.partial(_check_scaled, "fp8_layer_norm", lambda *args: check_layer_norm(*args[:4])),
-    launch.prepare_norm, run_to_output, eager=fp8_layer_norm_reference,
+    launch.prepare_norm, run_to_output, eager=reference.fp8_layer_norm_reference,
     fake=lambda x, *rest: x.new_empty(x.shape, dtype=E4M3),
 )  # fmt: skip
 _fp8_attention = define_op(
     "fp8_attention", f"{attention.ARGUMENTS}, float out_scale",
     functools.partial(_check_scaled, "fp8_attention", attention.check_attention),
-    launch.prepare_attention, attention.run,
-    eager=lambda *args: fp8_quantize_reference(attention.eager_attention(*args[:-1]), args[-1]),
-    flops=lambda *args: attention.attention_flops(*args[:-1]),
+    attention.prepare, attention.run, flops=attention.attention_flops,
+    eager=lambda *a: reference.fp8_quantize_reference(attention.eager_attention(*a[:-1]), a[-1]),
     fake=lambda *args: torch.empty_like(attention.fake_attention(*args), dtype=E4M3),
 )  # fmt: skip
 _fp8_quantize = define_op(
     "fp8_quantize", "Tensor x, float out_scale",
     functools.partial(_check_scaled, "fp8_quantize", lambda op, x: check_floats(op, x=x)),
-    launch.prepare_quantize, run_to_output, eager=fp8_quantize_reference,
+    launch.prepare_quantize, run_to_output, eager=reference.fp8_quantize_reference,
     fake=lambda x, *rest: x.new_empty(x.shape, dtype=E4M3),
 )  # fmt: skip
 

@@ -47,9 +47,8 @@ def _attention(case: Case) -> Case:
     """Of `attention` or `attention_qkv`; the largest values are beyond e4m3."""
 
     def make(draw: Any) -> dict[str, Any]:
-        inputs = case.make(draw)
-        q = inputs.pop("q" if "q" in inputs else "qkv")
-        return {"q": q, **inputs, "out_scale": 2e-3}
+        inputs = case.make(draw) | {"out_scale": 2e-3}
+        return {"q": inputs.pop("qkv"), **inputs} if "qkv" in inputs else inputs
 
     return replace(case, make=make)
 

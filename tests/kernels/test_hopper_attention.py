@@ -109,7 +109,8 @@ def truth(form: Form, q: Any, k: Any, v: Any, mask: Any) -> tuple[torch.Tensor, 
 
 def problem(form: Form, q: Any, k: Any, v: Any, mask: Any) -> Any:
     metas: Any = describe(q, k, v, mask, None, None, None)
-    options = Options(form.h, 0, form.d**-0.5, half=False)
+    out_scale = None if form.inverse is None else 1 / form.inverse
+    options = Options(form.h, 0, form.d**-0.5, half=False, out_scale=out_scale)
     return problem_of(metas, options, "highest"), metas
 
 
@@ -126,10 +127,9 @@ def launch(
     """Output and statistics of the product's own launch."""
     dtype = given[0].dtype
     asked, metas = problem(form, *given)
-    inverse = form.inverse
-    prepared = prepare_hopper(v, asked, metas[1], metas[3], keep=form.keep, inverse=inverse)
+    prepared = prepare_hopper(v, asked, metas[1], metas[3], keep=form.keep)
     b, h, n, d = form[:4]
-    out = torch.full((b, n, h, d), math.nan).to(dtype if inverse is None else E4M3)
+    out = torch.full((b, n, h, d), math.nan).to(dtype if form.inverse is None else E4M3)
     kept = torch.full((2, b, h, n), math.nan) if form.keep else None
     written = [x for x in (out, kept) if x is not None]
     tensors = (*given, None, None, None, out, kept)
@@ -478,7 +478,8 @@ def compiled_path(monkeypatch):
 def prepared(form: Form, *, keep: bool = False) -> Any:
     metas: Any = describe(*on_meta(form, HALF))
     metas = [m if m is None else m._replace(device=CPU) for m in metas]
-    options = Options(form.h, 0, form.d**-0.5, half=False)
+    out_scale = None if form.inverse is None else 1 / form.inverse
+    options = Options(form.h, 0, form.d**-0.5, half=False, out_scale=out_scale)
     return prepare(*metas, None, None, None, *options, "highest", keep=keep).launch
 
 

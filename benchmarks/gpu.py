@@ -130,7 +130,7 @@ STEPS = (
     _numerics("mlp", "norm_mlp"),
     _numerics("norm_linear", "attention_packed"),
     _numerics("patch_embed", "layer_norm", "rms_norm"),
-    _numerics("fp8_linear", "fp8_layer_norm", "fp8_quantize"),
+    _numerics("fp8_linear", "fp8_layer_norm", "fp8_attention", "fp8_quantize"),
     _correct("proofs", proof_items),
     _models("models", ("model", B16, 256, "few"), ("model", B16, 1, "few")),
     Step("ops", op_items, "ops", limit=420),

@@ -124,7 +124,7 @@ def attend(parts: Parts, x: Tensor, mask: Tensor | None, rope: Rope | None) -> T
     if parts.attend is not None:
         return parts.attend(parts, x, mask)
     if len(parts.qkv) == 1 and parts.out_gate is None:
-        return attend_packed(parts, _norm_qkv(parts, x), mask, rope)
+        return attend_projected(parts, (_norm_qkv(parts, x),), mask, rope)
     return attend_normed(parts, apply_norm(parts.norm1, x), mask, rope)
 
 
@@ -148,27 +148,24 @@ def attend_projected(
     parts: Parts, qkv: Sequence[Tensor], mask: Tensor | None, rope: Rope | None
 ) -> Tensor:
     """Of one tensor [B, N, 3*H*d] or of queries, keys and values, to [B, N, H*d]."""
-    if len(qkv) == 1:
-        return attend_packed(parts, qkv[0], mask, rope)
-    return attend_split(parts, qkv, mask, rope)
-
-
-def attend_packed(parts: Parts, qkv: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
-    """[B, N, 3*H*d] to [B, N, H*d]."""
-    if parts.q_norm is not None or parts.k_norm is not None:
-        return attend_split(parts, qkv.chunk(3, dim=-1), mask, rope)
+    q, k, v = heads_of(parts, qkv)
     dropout = parts.dropout if parts.attn.training else 0.0
-    out = ops.attention_qkv(
-        qkv, parts.heads, mask, dropout, parts.scale, rope, parts.rotate_half
-    )  # fmt: skip
+    options = mask, dropout, parts.scale, rope, parts.rotate_half
+    if k is None or v is None:
+        out = ops.attention_qkv(q, parts.heads, *options)
+    else:
+        out = ops.attention(q, k, v, *options).transpose(1, 2).flatten(2)
     return out if parts.out_norm is None else apply_norm(parts.out_norm, out)
 
 
-def attend_split(
-    parts: Parts, qkv: Sequence[Tensor], mask: Tensor | None, rope: Rope | None
-) -> Tensor:
-    """Three of [B, N, H*d], keys and values perhaps of fewer heads, to [B, N, H*d]."""
-    (q, k, v), q_norm, k_norm, heads = qkv, parts.q_norm, parts.k_norm, parts.heads
+def heads_of(parts: Parts, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What attention takes of `attend_projected`'s input: one tensor [B, N, 3*H*d] as it is, or
+    three of [B, H, N, d], with norms of queries and keys applied; keys and values of fewer heads
+    are repeated."""
+    q_norm, k_norm, heads = parts.q_norm, parts.k_norm, parts.heads
+    if len(qkv) == 1 and q_norm is None and k_norm is None:
+        return qkv[0], None, None
+    q, k, v = qkv[0].chunk(3, dim=-1) if len(qkv) == 1 else qkv
     kv_heads = heads if parts.kv_heads is None else parts.kv_heads
     if not parts.norms_heads:
         q, k = apply_norm(q_norm, q), apply_norm(k_norm, k)
@@ -178,10 +175,7 @@ def attend_split(
     if heads > kv_heads:
         groups = heads // kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    dropout = parts.dropout if parts.attn.training else 0.0
-    out = ops.attention(q, k, v, mask, dropout, parts.scale, rope, parts.rotate_half)
-    out = out.transpose(1, 2).flatten(2)
-    return out if parts.out_norm is None else apply_norm(parts.out_norm, out)
+    return q, k, v
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

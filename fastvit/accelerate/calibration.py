@@ -18,7 +18,7 @@ from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.fp8 import LINEARS
 from fastvit.accelerate.graphs import GRAPHS
 from fastvit.accelerate.plan import Part, check_module
-from fastvit.kernels.linear_fp8.op import E4M3_MAX
+from fastvit.kernels.linear_fp8.reference import E4M3_MAX
 
 FORMAT = "fastvit fp8 calibration 1"
 MARGIN = 1.5  # room for images with larger values than those seen; e4m3 loses no digits by it

@@ -19,11 +19,12 @@ from fastvit import parts as whole
 from fastvit.accelerate.derived import Derived, Sources
 from fastvit.kernels.linear_fp8.op import (
     E4M3,
-    E4M3_MAX,
+    fp8_attention,
     fp8_layer_norm,
     fp8_linear,
     fp8_quantize,
 )
+from fastvit.kernels.linear_fp8.reference import E4M3_MAX
 from fastvit.parts import Parts, Rope, Weights, apply_norm, factor, weights_of
 
 QUANTIZED = "fastvit_quantized"  # attribute of a block that was given a `Quantized`
@@ -79,9 +80,10 @@ def can_quantize(parts: Parts) -> bool:
 
 class Quantized:
     """The e4m3 form of one block, for inference: weights of all its linears with a scale for each
-    row, activations with one calibrated scale; quantised by the norm, the activation or a small
-    kernel before. The residual stream keeps a half dtype: that of the block's input, bfloat16 for
-    wider ones. Copies and pickles keep no derived weights.
+    row, activations with one calibrated scale; quantised by the norm, the attention or the
+    activation before, after a gate or an RMS norm by a small kernel. The residual stream keeps a
+    half dtype: that of the block's input, bfloat16 for wider ones. Copies and pickles keep no
+    derived weights.
 
     Args:
         scales: of the inputs of `LINEARS`.
@@ -125,8 +127,7 @@ class Quantized:
         h = _normed(parts.norm1, x, scales["attn.qkv"])
         layers = map(parts.qkv_weights, parts.qkv)
         qkv = [self._linear("attn.qkv", i, w, h, dtype=dtype) for i, w in enumerate(layers)]
-        out = whole.attend_projected(parts, qkv, mask, rope)
-        h = fp8_quantize(out, out_scale=scales["attn.proj"])
+        h = self._attended(parts, qkv, mask, rope)
         x = self._linear(
             "attn.proj", 0, weights_of(parts.out), h, scale=factor(parts.scale1), residual=x,
             dtype=dtype,
@@ -135,6 +136,19 @@ class Quantized:
         return self._linear(
             "mlp.fc2", 0, weights_of(parts.fc2), h, scale=factor(parts.scale2), residual=x,
             dtype=dtype,
+        )  # fmt: skip
+
+    def _attended(
+        self, parts: Parts, qkv: list[Tensor], mask: Tensor | None, rope: Rope | None
+    ) -> Tensor:
+        """The output projection's input in e4m3, [B, N, H*d]."""
+        out_scale = self.scales["attn.proj"]
+        if parts.out_norm is not None:
+            out = whole.attend_projected(parts._replace(out_norm=None), qkv, mask, rope)
+            return _normed(parts.out_norm, out, out_scale)
+        return fp8_attention(
+            *whole.heads_of(parts, qkv), mask, num_heads=parts.heads, scale=parts.scale, rope=rope,
+            rotate_half=parts.rotate_half, out_scale=out_scale,
         )  # fmt: skip
 
     def _hidden(self, parts: Parts, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +166,7 @@ class Quantized:
             return self._linear("mlp.fc1", 0, weights, x, out_scale=out_scale, **options)
         else:
             h = self._linear("mlp.fc1", 0, weights, x, **options)
-        return fp8_quantize(apply_norm(parts.hidden_norm, h), out_scale=out_scale)
+        return _normed(parts.hidden_norm, h, out_scale)
 
     def _linear(
         self, name: str, i: int, weights: Weights, x: Tensor, scale: Tensor | None = None,
@@ -182,6 +196,9 @@ class Quantized:
 
 
 def _normed(norm: Any, x: Tensor, out_scale: float) -> Tensor:
+    """The norm of x in e4m3; None for none."""
+    if not isinstance(norm, nn.LayerNorm):
+        return fp8_quantize(apply_norm(norm, x), out_scale=out_scale)
     weight, bias = weights_of(norm)
     if weight is not None and weight.dtype != x.dtype:
         weight, bias = weight.float(), None if bias is None else bias.float()

@@ -41,7 +41,8 @@ NOISE = 0.02  # by how much, of its time, a tile has to beat the present one
 MAX_WORKERS = 16  # threads that compile
 # of an H200 in bfloat16: how a case that computes ranks with one that moves bytes
 FLOPS_PER_BYTE = 180
-_TABLES = {"fp8_linear": "linear", "fp8_layer_norm": "layer_norm"}  # those not of their own folder
+# those not of their own folder
+_TABLES = {"fp8_linear": "linear", "fp8_layer_norm": "layer_norm", "fp8_attention": "attention"}
 
 
 # --------------------------------------------------------------------------- one case

@@ -298,8 +298,8 @@ def _linear_backward(configuration: Configuration) -> tuple[Prepared, tuple[Any,
 
 
 def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]:
-    """Of packed qkv, or where ``operands`` has "separate" of q, k and v; M is N if it is not
-    given. Variant ``whole`` is their gradients."""
+    """Of packed qkv, or where ``operands`` has "separate" of q, k and v, with "e4m3" to that; M is
+    N if it is not given. Variant ``whole`` is their gradients."""
     from fastvit.kernels.attention import hopper_plan as plan
     from fastvit.kernels.attention.launch import Options, problem_of
 
@@ -316,6 +316,7 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
     shapes |= {"grad": shapes["out"]} | gradients if gradients else {}
     kinds = {"mask": torch.bool if "bool mask" in operands else torch.float32}
     kinds["kept"] = torch.float32
+    kinds |= {"out": torch.float8_e4m3fn} if "e4m3" in operands else {}
     device = torch.device("meta")
     tensors = {
         x: torch.empty(s, dtype=kinds.get(x, dtype), device=device) for x, s in shapes.items()
@@ -324,7 +325,7 @@ def _attention(configuration: Configuration) -> tuple[Prepared, tuple[Any, ...]]
     metas = describe(*(tensors.get(x) for x in order))
     q, k, v, mask, *_ = metas
     assert q is not None
-    options = Options(h, 0, d**-0.5, half=False)
+    options = Options(h, 0, d**-0.5, half=False, out_scale=0.01 if "e4m3" in operands else None)
     problem = problem_of(metas, options, "highest")
     tile = TileConfig(64, configuration.get("block", 128), backend=name)
     grad, out = describe(tensors.get("grad"), tensors["out"])
@@ -375,7 +376,7 @@ def configuration_of(
     if tile.backend in LONG and tile.BLOCK_N != 128:
         more["block"] = tile.BLOCK_N
     return common | {
-        "op": "attention", "operands": ["separate"] * ("q" in inputs),
+        "op": "attention", "operands": ["separate"] * ("k" in inputs) + ["e4m3"] * spec.fp8,
         **{name: sizes[name] for name in "BHNd"}, **more,
     }  # fmt: skip
 

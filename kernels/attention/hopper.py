@@ -153,12 +153,12 @@ def _settle_values(o, a0, a1, a2, PENDING: gl.constexpr, P1: gl.constexpr, P2: g
 
 @gluon.jit
 def _put_block(
-    out, stat_ptr, o, weight, high, scale, head, heads, first, stride, N, D: gl.constexpr,
+    out, stat_ptr, inverse, o, weight, high, scale, head, heads, first, stride, N, D: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
     """The output of one block of queries of head number `head` of all `heads`, and what the
     backward reads, if that is wanted."""
-    norm = 1.0 / weight
+    norm = (1.0 if inverse is None else inverse) / weight
     put_rows(out, first, stride, o * norm[:, None], N, D, DTYPE)
     if stat_ptr is not None:
         OUT: gl.constexpr = o.type.layout
@@ -220,6 +220,7 @@ def attention_head_kernel(
     scale,  # of the scores, times log2 e; above 0
     M,  # None for N
     stat_ptr,  # [2, B, H, N] each query's maximum and 1 / sum of its weights, or None
+    inverse,  # of the scale of `out`, which is e4m3 then, without statistics; or None
     D: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
@@ -319,8 +320,8 @@ def attention_head_kernel(
                 )  # fmt: skip
             first = (item % SPLIT * BLOCKS + block) * ROWS
             _put_block(
-                out_head, stat_ptr, o, weight, high, scale, head, items // SPLIT, first, H * D, N,
-                D, DTYPE,
+                out_head, stat_ptr, inverse, o, weight, high, scale, head, items // SPLIT, first,
+                H * D, N, D, DTYPE,
             )  # fmt: skip
             step += 1
         turn += 1
@@ -368,7 +369,7 @@ def _bring_heads(
 
 @gluon.jit
 def _take_blocks(
-    out, stat_ptr, buffers, full, empty, sizes, scale,
+    out, stat_ptr, inverse, buffers, full, empty, sizes, scale,
     WHO: gl.constexpr, CONSUMERS: gl.constexpr, D: gl.constexpr,
     P0: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
@@ -417,8 +418,8 @@ def _take_blocks(
             index = gl.program_id(0) + turn * programs
             out_head = out + (index // H).to(gl.int64) * N * H * D + index % H * D
             _put_block(
-                out_head, stat_ptr, o, weight, high, scale, index, heads, t % BLOCKS * ROWS, H * D,
-                N, D, DTYPE,
+                out_head, stat_ptr, inverse, o, weight, high, scale, index, heads,
+                t % BLOCKS * ROWS, H * D, N, D, DTYPE,
             )  # fmt: skip
             # products in flight must not cross the loop's end: their registers would be moved
             s0, s1, s2, high = _settle_scores(f0, f1, f2, M, P0, P1, P2)
@@ -444,14 +445,14 @@ def _take_blocks(
             index = gl.program_id(0) + turn * programs
             out_head = out + (index // H).to(gl.int64) * N * H * D + index % H * D
             _put_block(
-                out_head, stat_ptr, o, weight, high, scale, index, heads, t % BLOCKS * ROWS, H * D,
-                N, D, DTYPE,
+                out_head, stat_ptr, inverse, o, weight, high, scale, index, heads,
+                t % BLOCKS * ROWS, H * D, N, D, DTYPE,
             )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def attention_roles_kernel(
-    q,  # as of `attention_head_kernel`, to M and `stat_ptr`
+    q,  # as of `attention_head_kernel`, to `inverse`
     k0,
     k1,
     k2,
@@ -465,6 +466,7 @@ def attention_roles_kernel(
     scale,
     M,
     stat_ptr,
+    inverse,
     D: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
@@ -515,8 +517,8 @@ def attention_roles_kernel(
         gl.warp_specialize(
             [
                 (_take_blocks, (
-                    out, stat_ptr, buffers, full, empty, sizes, scale, 0, CONSUMERS, D, P0, P1, P2,
-                    BLOCKS, STAGES, AHEAD,
+                    out, stat_ptr, inverse, buffers, full, empty, sizes, scale, 0, CONSUMERS, D,
+                    P0, P1, P2, BLOCKS, STAGES, AHEAD,
                 )),
                 (_bring_heads, (
                     descs, buffers, full, empty, sizes, P0, P1, P2, BLOCKS, STAGES, PACKED,
@@ -529,12 +531,12 @@ def attention_roles_kernel(
         gl.warp_specialize(
             [
                 (_take_blocks, (
-                    out, stat_ptr, buffers, full, empty, sizes, scale, 0, CONSUMERS, D, P0, P1, P2,
-                    BLOCKS, STAGES, AHEAD,
+                    out, stat_ptr, inverse, buffers, full, empty, sizes, scale, 0, CONSUMERS, D,
+                    P0, P1, P2, BLOCKS, STAGES, AHEAD,
                 )),
                 (_take_blocks, (
-                    out, stat_ptr, buffers, full, empty, sizes, scale, 1, CONSUMERS, D, P0, P1, P2,
-                    BLOCKS, STAGES, AHEAD,
+                    out, stat_ptr, inverse, buffers, full, empty, sizes, scale, 1, CONSUMERS, D,
+                    P0, P1, P2, BLOCKS, STAGES, AHEAD,
                 )),
                 (_bring_heads, (
                     descs, buffers, full, empty, sizes, P0, P1, P2, BLOCKS, STAGES, PACKED,

@@ -297,7 +297,7 @@ def _step(
 
 @gluon.jit
 def _take_blocks(
-    out, stat_ptr, bias_ptr, q_descs, queries, rings, bars, sizes, bias_strides, scale,
+    out, stat_ptr, bias_ptr, q_descs, queries, rings, bars, sizes, bias_strides, scale, inverse,
     WHO: gl.constexpr, D: gl.constexpr, D1: gl.constexpr, T1: gl.constexpr, T2: gl.constexpr,
     CHUNK: gl.constexpr, STAGES: gl.constexpr, TAILS: gl.constexpr, QUERIES: gl.constexpr,
     TURNS: gl.constexpr, STATS: gl.constexpr, BIASED: gl.constexpr,
@@ -442,9 +442,10 @@ def _take_blocks(
                 norm = 1.0 / weight
             out_head = out + image.to(gl.int64) * N * H * D + head * D
             first = block * ROWS
-            put_rows(out_head, first, H * D, o0 * like_rows(norm, o0), N, D, DTYPE)
+            factor = norm if inverse is None else norm * inverse
+            put_rows(out_head, first, H * D, o0 * like_rows(factor, o0), N, D, DTYPE)
             if D1 > 0:
-                put_rows(out_head + D0, first, H * D, o1 * like_rows(norm, o1), N, D - D0, DTYPE)
+                put_rows(out_head + D0, first, H * D, o1 * like_rows(factor, o1), N, D - D0, DTYPE)
             if STATS:
                 rows = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, NARROW))
                 heads = items // chunks
@@ -515,6 +516,7 @@ def attention_long_kernel(
     bias_n,
     scale,  # of the scores, times log2 e; above 0
     M,  # None for N
+    inverse,  # of the scale of `out`, which is e4m3 then; or None
     D: gl.constexpr,
     D1: gl.constexpr,
     T1: gl.constexpr,
@@ -614,11 +616,13 @@ def attention_long_kernel(
         [
             (_take_blocks, (
                 out, stat_ptr, bias_ptr, q_descs, queries, rings, bars, sizes, bias_strides,
-                scale, 0, D, D1, T1, T2, CHUNK, STAGES, TAILS, QUERIES, TURNS, STATS, BIASED,
+                scale, inverse, 0, D, D1, T1, T2, CHUNK, STAGES, TAILS, QUERIES, TURNS, STATS,
+                BIASED,
             )),
             (_take_blocks, (
                 out, stat_ptr, bias_ptr, q_descs, queries, rings, bars, sizes, bias_strides,
-                scale, 1, D, D1, T1, T2, CHUNK, STAGES, TAILS, QUERIES, TURNS, STATS, BIASED,
+                scale, inverse, 1, D, D1, T1, T2, CHUNK, STAGES, TAILS, QUERIES, TURNS, STATS,
+                BIASED,
             )),
             (_bring_keys, (
                 k_descs, v_descs, rings, bars, sizes, D1, T1, T2, STAGES, TAILS, PACKED,

@@ -8,6 +8,8 @@ by 8 (or 16) of a row are in one thread, and a row is in four.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fastvit.kernels._hopper_e4m3 import to_e4m3_pairs
+
 # of all threads of a role; triton 3.6 has the other name
 barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")
 
@@ -75,10 +77,24 @@ def as_operand(w, D: gl.constexpr, DTYPE: gl.constexpr):
 
 @gluon.jit
 def put_rows(out, first, stride, value, N, left, DTYPE: gl.constexpr):
-    """From registers to rows from `first` to N, the first `left` columns: the four lanes that share
-    a row swap until each has eight neighbours (16 bytes)."""
+    """From registers to rows from `first` to N, the first `left` columns, as `DTYPE` or, where
+    `out` is e4m3, as that in pairs: the four lanes that share a row swap until each has eight
+    neighbours (16 bytes)."""
+    if out.dtype.element_ty == gl.float8e4nv:
+        out = out.to(gl.pointer_type(gl.int16))
+        value = to_e4m3_pairs(value)
+        stride = stride // 2
+        LEFT: gl.constexpr = left // 2
+    else:
+        value = value.to(DTYPE)
+        LEFT: gl.constexpr = left
     WIDTH: gl.constexpr = value.shape[1]
-    if WIDTH == 16:
+    if WIDTH == 8:
+        WIDE: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2]], [[0, 4], [8, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+            [64, 8],
+        )  # fmt: skip
+    elif WIDTH == 16:
         WIDE: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [0, 4]], [[0, 8], [8, 0], [1, 0], [2, 0], [4, 0]],
             [[16, 0], [32, 0]], [], [64, 16],
@@ -99,11 +115,11 @@ def put_rows(out, first, stride, value, N, left, DTYPE: gl.constexpr):
             [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
             [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128],
         )  # fmt: skip
-    value = gl.convert_layout(value.to(DTYPE), WIDE)
+    value = gl.convert_layout(value, WIDE)
     rows = first + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, WIDE))
     cols = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, WIDE))
     ptrs = out + rows[:, None] * stride + cols[None, :]
-    if left >= WIDTH:
+    if LEFT >= WIDTH:
         gl.store(ptrs, value, mask=(rows < N)[:, None])
     else:
-        gl.store(ptrs, value, mask=(rows < N)[:, None] & (cols < left)[None, :])
+        gl.store(ptrs, value, mask=(rows < N)[:, None] & (cols < LEFT)[None, :])

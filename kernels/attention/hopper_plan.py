@@ -315,7 +315,7 @@ def prepare_hopper(
             keys_of = q if k is None else k
             return (
                 q, keys_of, keys_of, keys_of, v, v, v, out, n, h, choice.items, scale, keys, kept,
-                d, *choice.parts, *constants,
+                problem.inverse, d, *choice.parts, *constants,
             )  # fmt: skip
 
     else:
@@ -338,7 +338,8 @@ def prepare_hopper(
             keys_of = q if k is None else k
             return (
                 q, q, *(keys_of,) * 6, *(v,) * 6, out, out if kept is None else kept,
-                out if mask is None else mask, n, h, *counts, *strides, scale, keys, *constants,
+                out if mask is None else mask, n, h, *counts, *strides, scale, keys,
+                problem.inverse, *constants,
             )  # fmt: skip
 
     tile = TileConfig(ROWS, choice.parts[0], 0, 4, choice.stages, choice.name)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastvit.kernels._activations import saturate
 from fastvit.kernels._tiles import Matrix, multiply
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -195,6 +196,8 @@ def _store_part(x, rows, limit, values, START: tl.constexpr, END: tl.constexpr):
     cols = START + tl.arange(0, values.shape[1])
     inside = (rows[:, None] < limit) & (cols[None, :] < END)
     ptrs = x.ptr + rows[:, None] * x.stride_m + cols[None, :] * x.stride_n
+    if x.ptr.dtype.element_ty == tl.float8e4nv:
+        values = saturate(values)
     tl.store(ptrs, values.to(x.ptr.dtype.element_ty), mask=inside)
 
 
@@ -355,6 +358,7 @@ def attention_kernel(
     H, N, M, images, stride_stat,  # `Sizes`
     out,  # Heads of N tokens
     stat_ptr,  # [2, B, H, N] each query's maximum and 1 / sum of its weights, or None
+    inv_out_scale,  # multiplies `out` before it is stored as e4m3, or None
     FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
@@ -387,7 +391,8 @@ def attention_kernel(
 
     # a query that may look nowhere has a sum of 0 and gets zeros
     norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
-    store_parts(head_at(out, at, FORM.align), rows, N, times(acc, norm[:, None]), FORM)
+    factor = norm if inv_out_scale is None else norm * inv_out_scale
+    store_parts(head_at(out, at, FORM.align), rows, N, times(acc, factor[:, None]), FORM)
     if stat_ptr is not None:
         # and an infinite maximum, with which the backward finds weights of 0
         row_max = tl.where(row_sum == 0.0, float("inf"), row_max)

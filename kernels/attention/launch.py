@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, packed
-from fastvit.kernels._device import architecture, cached
+from fastvit.kernels._device import architecture, cached, check_fp8_device
 from fastvit.kernels._hopper import or_portable, refuse
 from fastvit.kernels._launch import Prepared, accumulator, maker, product_precision, wide_dtype
 from fastvit.kernels._launch import run as run_kernel
@@ -52,6 +52,7 @@ class Options(NamedTuple):
     longest: int  # tokens of the longest packed image, for the choice of tiles; 0 for the mean
     scale: Any  # a float, or None for 1/sqrt(d)
     half: bool  # as `rotate_half` of `fastvit.ops.attention`
+    out_scale: float | None = None  # the output is e4m3, over it
 
 
 class Problem(NamedTuple):
@@ -67,6 +68,11 @@ class Problem(NamedTuple):
     options: Options
     precision: str
     copies: bool  # the tables or cu_seqlens are to be copied first
+
+    @property
+    def inverse(self) -> float | None:
+        """What multiplies an output in e4m3."""
+        return None if self.options.out_scale is None else 1.0 / self.options.out_scale
 
     def by_head(self, x: Meta) -> Strides:
         """Of [B, N, H, d] or [..., N, H*d], or the first third of [..., N, 3*H*d]."""
@@ -207,6 +213,7 @@ class Attention(NamedTuple):
 
     launch: Prepared | None  # None for an empty result
     shape: tuple[int, ...]  # of the output: [B, N, H, d], [B, N, H*d] or [T, H*d]
+    dtype: torch.dtype
     statistics: tuple[int, ...] | None  # shape of what the backward reads, if that is wanted
     wide: torch.dtype  # its dtype
     copies: bool
@@ -218,11 +225,14 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
     """Of a `Meta` or None for each tensor of the module's docstring, what `Options` holds, and the
     precision as `matmul_precision` gives it. With `keep` what the backward reads is wanted too."""
     q, k, v, mask = args[:4]
-    problem = problem_of(args[:7], Options(*args[7:11]), args[11])
+    problem = problem_of(args[:7], Options(*args[7:-1]), args[-1])
+    if problem.inverse is not None:
+        check_fp8_device("fp8_attention", q.device)
     batch, h, n, m, d = problem.sizes
     shape = (batch, n, h, d) if k is not None else (*q.shape[:-1], h * d)
     statistics = (2, batch, h, n) if keep else None
-    prepared = Attention(None, shape, statistics, wide_dtype(q.dtype), problem.copies)
+    dtype = q.dtype if problem.inverse is None else torch.float8_e4m3fn
+    prepared = Attention(None, shape, dtype, statistics, wide_dtype(q.dtype), problem.copies)
     if 0 in shape:
         return prepared
     choice = problem.tile()
@@ -234,7 +244,8 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
         tile = portable_tile(choice)
         return problem.launch(
             attention_kernel, problem.programs(n, tile.BLOCK_M), tile, (strides, None),
-            problem.form(strides), tile.BLOCK_M, tile.BLOCK_N, problem.tail(m, tile.BLOCK_N),
+            problem.inverse, problem.form(strides), tile.BLOCK_M, tile.BLOCK_N,
+            problem.tail(m, tile.BLOCK_N),
         )  # fmt: skip
 
     variant = hopper_variant(problem, q, k, v, mask, choice)
@@ -252,8 +263,8 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
 def run(prepared: Attention, q: Tensor, *others: Tensor | None) -> Any:
     """The output, and with `keep` also what the backward reads: each query's maximum (in base 2)
     and 1 / sum, [2, B, H, N]."""
-    launch, shape, statistics, wide, copies, turn = prepared
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    launch, shape, dtype, statistics, wide, copies, turn = prepared
+    out = torch.empty(shape, dtype=dtype, device=q.device)
     kept = None if statistics is None else torch.empty(statistics, dtype=wide, device=q.device)
     if launch is not None:
         if copies:

@@ -18,9 +18,13 @@ from fastvit.kernels.attention.launch import attention_backward, prepare, run, s
 from fastvit.kernels.attention.reference import attention_reference, rope_pairs, rotate, unpack
 
 MAX_HEAD_DIM = 256
+ARGUMENTS = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? cos, Tensor? sin, Tensor? cu_seqlens, "
+    "int num_heads, SymInt longest, float? scale, bool half"
+)
 
 
-def _eager(
+def eager_attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, mask: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, cu_seqlens: Tensor | None, num_heads: int, longest: int,
     scale: float | None, half: bool, dropout_p: float = 0.0,
@@ -96,7 +100,7 @@ def _check_form(
         )
 
 
-def _check(
+def check_attention(
     op: str, q: Any, k: Any, v: Any, mask: Any, cos: Any, sin: Any, cu_seqlens: Any,
     num_heads: int, longest: int, scale: float | None, half: bool,
 ) -> None:  # fmt: skip
@@ -135,7 +139,7 @@ def _check_bounds(qkv: Tensor, cu_seqlens: Tensor) -> None:
         )
 
 
-def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> Tensor:
+def fake_attention(q: Tensor, k: Tensor | None, *rest: Any) -> Tensor:
     if k is None:
         return q.new_empty((*q.shape[:-1], q.shape[-1] // 3))
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
@@ -147,8 +151,8 @@ def _fake_kept(*args: Any) -> tuple[Tensor]:
     return (q.new_empty(2, b, h, n, dtype=wide_dtype(q.dtype)),)
 
 
-def _flops(*args: Any) -> int:
-    q, k, *_, cu_seqlens, num_heads, _, _, _ = args
+def attention_flops(*args: Any) -> int:
+    q, k, _, _, _, _, cu_seqlens, num_heads, *_ = args
     b, h, n, m, d = sizes_of(q, k, num_heads)
     pairs = b * n * m if cu_seqlens is None else int(cu_seqlens.diff().long().square().sum())
     return 4 * pairs * h * d
@@ -157,10 +161,10 @@ def _flops(*args: Any) -> int:
 _attention, _attention_qkv, _attention_packed = (
     define_op(
         name,
-        "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? cos, Tensor? sin, "
-        "Tensor? cu_seqlens, int num_heads, SymInt longest, float? scale, bool half",
-        functools.partial(_check, name), prepare, run, eager=_eager, fake=_fake, flops=_flops,
-        smooth=functools.partial(_eager, attend=attention_reference),
+        ARGUMENTS,
+        functools.partial(check_attention, name), prepare, run, eager=eager_attention,
+        fake=fake_attention, flops=attention_flops,
+        smooth=functools.partial(eager_attention, attend=attention_reference),
         opaque=name == "attention_packed",  # it loops over lengths
         autocast=("q", "k", "v"),
         gradient=Gradient(
@@ -174,7 +178,7 @@ _attention, _attention_qkv, _attention_packed = (
 
 def _with_dropout(op: Op, args: tuple[Any, ...], dropout_p: float) -> Tensor:
     op.check(*args)
-    return _eager(*args, dropout_p=dropout_p)
+    return eager_attention(*args, dropout_p=dropout_p)
 
 
 def attention(

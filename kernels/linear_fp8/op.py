@@ -1,5 +1,8 @@
-"""`fp8_linear`, `fp8_layer_norm` and `fp8_quantize`: registration, public functions."""
+"""`fp8_linear`, `fp8_layer_norm`, `fp8_attention` and `fp8_quantize`: registration, public
+functions."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,18 +11,11 @@ from torch import Tensor
 from fastvit.kernels._checks import check_floats, check_out_scale, check_shapes
 from fastvit.kernels._launch import run_to_output
 from fastvit.kernels._register import define_op
+from fastvit.kernels.attention import op as attention
 from fastvit.kernels.layer_norm.op import check_layer_norm
 from fastvit.kernels.linear.op import check_epilogue, product_flops
-from fastvit.kernels.linear_fp8.launch import prepare, prepare_norm, prepare_quantize
-from fastvit.kernels.linear_fp8.reference import (
-    E4M3,
-    E4M3_MAX,
-    fp8_layer_norm_reference,
-    fp8_linear_reference,
-    fp8_quantize_reference,
-)
-
-__all__ = ["E4M3", "E4M3_MAX", "fp8_layer_norm", "fp8_linear", "fp8_quantize"]
+from fastvit.kernels.linear_fp8 import launch, reference
+from fastvit.kernels.linear_fp8.reference import E4M3
 
 
 def _check_linear(
@@ -42,34 +38,40 @@ def _check_linear(
     )  # fmt: skip
 
 
-def _check_norm(x: Any, weight: Any, bias: Any, eps: float, out_scale: float) -> None:
-    check_layer_norm("fp8_layer_norm", x, weight, bias)
-    check_out_scale("fp8_layer_norm", out_scale)
-
-
-def _check_quantize(x: Any, out_scale: float) -> None:
-    check_floats("fp8_quantize", x=x)
-    check_out_scale("fp8_quantize", out_scale)
+def _check_scaled(op: str, check: Callable[..., None], *args: Any) -> None:
+    """`check` of all but the last argument, which is `out_scale`."""
+    check(op, *args[:-1])
+    check_out_scale(op, args[-1])
 
 
 _fp8_linear = define_op(
     "fp8_linear",
     "Tensor x, Tensor weight, Tensor factor, Tensor? bias, Tensor? scale, Tensor? residual, "
     "str activation, float? out_scale, ScalarType dtype",
-    _check_linear, prepare, run_to_output, eager=fp8_linear_reference, flops=product_flops,
+    _check_linear, launch.prepare, run_to_output, flops=product_flops,
+    eager=reference.fp8_linear_reference,
     fake=lambda x, weight, *rest: x.new_empty(
         (*x.shape[:-1], weight.shape[0]), dtype=rest[-1] if rest[-2] is None else E4M3
     ),
 )  # fmt: skip
 _fp8_layer_norm = define_op(
-    "fp8_layer_norm",
-    "Tensor x, Tensor? weight, Tensor? bias, float eps, float out_scale",
-    _check_norm, prepare_norm, run_to_output, eager=fp8_layer_norm_reference,
+    "fp8_layer_norm", "Tensor x, Tensor? weight, Tensor? bias, float eps, float out_scale",
+    functools.partial(_check_scaled, "fp8_layer_norm", lambda *args: check_layer_norm(*args[:4])),
+    launch.prepare_norm, run_to_output, eager=reference.fp8_layer_norm_reference,
     fake=lambda x, *rest: x.new_empty(x.shape, dtype=E4M3),
 )  # fmt: skip
+_fp8_attention = define_op(
+    "fp8_attention", f"{attention.ARGUMENTS}, float out_scale",
+    functools.partial(_check_scaled, "fp8_attention", attention.check_attention),
+    attention.prepare, attention.run, flops=attention.attention_flops,
+    eager=lambda *a: reference.fp8_quantize_reference(attention.eager_attention(*a[:-1]), a[-1]),
+    fake=lambda *args: torch.empty_like(attention.fake_attention(*args), dtype=E4M3),
+)  # fmt: skip
 _fp8_quantize = define_op(
-    "fp8_quantize", "Tensor x, float out_scale", _check_quantize, prepare_quantize, run_to_output,
-    eager=fp8_quantize_reference, fake=lambda x, *rest: x.new_empty(x.shape, dtype=E4M3),
+    "fp8_quantize", "Tensor x, float out_scale",
+    functools.partial(_check_scaled, "fp8_quantize", lambda op, x: check_floats(op, x=x)),
+    launch.prepare_quantize, run_to_output, eager=reference.fp8_quantize_reference,
+    fake=lambda x, *rest: x.new_empty(x.shape, dtype=E4M3),
 )  # fmt: skip
 
 
@@ -124,19 +126,19 @@ def fp8_layer_norm(
     return _fp8_layer_norm.apply((x, weight, bias), eps, out_scale)
 
 
+def fp8_attention(
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, attn_mask: Tensor | None = None, *,
+    num_heads: int = 0, scale: float | None = None, rope: tuple[Tensor, Tensor] | None = None,
+    rotate_half: bool = False, out_scale: float,
+) -> Tensor:  # fmt: skip
+    """`attention` of q, k and v, or `attention_qkv` of q alone, [B, N, 3*H*d], over `out_scale`,
+    stored as e4m3: contiguous [B, N, H*d]. Values and errors as of `fp8_layer_norm` too."""
+    tensors = (q, k, v, attn_mask, *(rope or (None, None)), None)
+    out = _fp8_attention.apply(tensors, num_heads, 0, scale, rotate_half, out_scale)
+    return out if k is None else out.flatten(2)
+
+
 def fp8_quantize(x: Tensor, *, out_scale: float) -> Tensor:
-    """x / out_scale as e4m3, beyond +-448 as +-448, NaN as NaN.
-
-    Args:
-        x: [..., D].
-        out_scale: what the result is to be multiplied by later, positive.
-
-    Returns:
-        Contiguous [..., D] of torch.float8_e4m3fn.
-
-    Raises:
-        TypeError: a dtype that is not floating.
-        ValueError: an `out_scale` that is not positive.
-        RuntimeError: a GPU without this e4m3 (before sm_89, AMD's).
-    """
+    """Any x [..., D] over `out_scale` as e4m3, contiguous; values and errors as of
+    `fp8_layer_norm`."""
     return _fp8_quantize.apply((x,), out_scale)

@@ -1,4 +1,4 @@
-"""Linear, layer norm and quantisation with e4m3 operands or results, in plain PyTorch.
+"""Linear, layer norm, attention and quantisation with e4m3 operands or results, in plain PyTorch.
 
 Source: FP8 Formats for Deep Learning (arXiv:2209.05433).
 """
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.kernels.attention.reference import attention_reference, unpack
 from fastvit.kernels.layer_norm.reference import layer_norm_reference
 from fastvit.kernels.linear.reference import ACTIVATIONS
 
@@ -27,6 +28,20 @@ def fp8_layer_norm_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
     return to_e4m3(layer_norm_reference(x.to(wide), weight, bias, eps), out_scale)
+
+
+def fp8_attention_reference(
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, attn_mask: Tensor | None = None, *,
+    num_heads: int = 0, scale: float | None = None, rope: tuple[Tensor, Tensor] | None = None,
+    rotate_half: bool = False, out_scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention of q, k, v or of packed q in float32 (float64 for float64 input), then `to_e4m3`,
+    [B, N, H*d]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = unpack(q, num_heads) if k is None or v is None else (q, k, v)
+    sides = q.to(wide), k.to(wide), v.to(wide)
+    out = attention_reference(*sides, attn_mask, 0.0, scale, rope, rotate_half)
+    return to_e4m3(out.transpose(1, 2).flatten(2), out_scale)
 
 
 def fp8_quantize_reference(x: Tensor, out_scale: float) -> Tensor:

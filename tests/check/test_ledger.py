@@ -128,7 +128,7 @@ import torch
 from fastvit.check import audit, ledger
 from fastvit.kernels.specs import all_specs
 for spec in all_specs().values():
-    for case in spec.gpu_cases * (not spec.fp8):
+    for case in spec.gpu_cases * (spec.name != "fp8_linear"):
         for dtype in (torch.bfloat16, torch.float16):
             half = dtype == torch.bfloat16 and spec.name.startswith("attention")
             for backward in (False, True)[: 1 + half]:  # the other dtype's differs in nothing
@@ -150,6 +150,7 @@ def test_a_case_for_a_gpu_has_a_configuration():
     assert found["attention_qkv stay"] == 2
     assert found["attention_qkv gradients whole"] == 4
     assert found["attention gradients whole"] == 2
+    assert found["fp8_attention roles"] == 4
     assert "linear None" not in found
 
 
@@ -290,6 +291,8 @@ SOME += [
     attention("stay", 257, 80, KEPT, "bool mask", dtype="float16"),
     attention("whole", 208, 48, "separate", dtype="float16"),
     attention("whole", 50, 64),
+    attention("roles", 197, 64, "e4m3", "separate", dtype="float16"),
+    attention("stay", 257, 72, "e4m3", "bias"),
 ]
 REST += [
     *(attention("roles", n, 64, *kept) for n in (1, 100, 224, 257, 272) for kept in ((), (KEPT,))),
@@ -320,6 +323,17 @@ REST += [
     attention("stream-turns", 577, 64, KEPT),
     attention("stream-turns", 577, 128, "bias"),
     attention("stay-turns", 256, 72, KEPT, "bias", dtype="float16"),
+    *(attention("roles", n, 64, "e4m3") for n in (50, 257, 272)),
+    attention("roles", 200, 32, "e4m3", M=100),
+    attention("head", 197, 64, "e4m3", b=1),
+    *(
+        attention(variant, 577, d, "e4m3", *mask)
+        for variant in ("stream", "stay")
+        for d, mask in ((32, ()), (64, ()), (80, ("bool mask",)))
+    ),
+    attention("stream", 1370, 104, "e4m3", block=64),
+    attention("stream", 744, 128, "e4m3", "bias", block=64),
+    attention("stay-turns", 256, 72, "e4m3", "bias", dtype="float16"),
 ]
 
 

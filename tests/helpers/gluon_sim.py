@@ -313,15 +313,26 @@ class Descriptor:
 
 
 class Pointer:
-    """To a vector in global memory."""
+    """To a vector in global memory, of values of the `kind` that Gluon would name."""
 
-    def __init__(self, array: np.ndarray, at: Any = 0, writes: Any = None) -> None:
+    def __init__(
+        self, array: np.ndarray, at: Any = 0, writes: Any = None, kind: str | None = None
+    ) -> None:
         self.array, self.at = array, at
         self.writes = np.zeros(array.shape, int) if writes is None else writes
-        self.dtype = SimpleNamespace(element_ty="int1" if array.dtype == bool else "float")
+        self.dtype = SimpleNamespace(
+            element_ty=kind or ("int1" if array.dtype == bool else "float")
+        )
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.array, self.at + np.asarray(offset), self.writes)
+        at = self.at + np.asarray(offset)
+        return Pointer(self.array, at, self.writes, self.dtype.element_ty)
+
+    def to(self, dtype: str) -> Pointer:
+        """To integers of two elements each, which a store takes as a last dimension."""
+        assert (self.dtype.element_ty, dtype) == ("float8e4nv", "int16")
+        assert not np.any(self.at % 2)
+        return Pointer(self.array, self.at // 2, self.writes, dtype)
 
 
 # --------------------------------------------------------------------------- one block
@@ -456,7 +467,8 @@ def launch(
             args[i] = Descriptor(seen.numpy(), block, given.dtype, count.numpy())
         elif isinstance(given, torch.Tensor):
             flat, count = (x.view(-1).numpy() for x in remember(given))
-            args[i] = Pointer(flat, writes=count)
+            kind = "float8e4nv" if given.dtype == torch.float8_e4m3fn else None
+            args[i] = Pointer(flat, writes=count, kind=kind)
         elif type(given) is int:
             args[i] = Scalar(given)
     kernel, warps = space[prepared.kernel.fn.__name__], prepared.tile.num_warps
@@ -614,7 +626,10 @@ def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Any:
 
 def _store(pointer: Pointer, given: Value, mask: Any = True) -> None:
     _machine.pause()
-    at, values, mask = np.broadcast_arrays(pointer.at, given, mask)
+    at = pointer.at
+    if pointer.dtype.element_ty == "int16":
+        at, mask = 2 * at[..., None] + np.arange(2), np.asarray(mask)[..., None]
+    at, values, mask = np.broadcast_arrays(at, given, mask)
     if not np.isin(at[mask], np.arange(len(pointer.array))).all():
         raise Wrong("store past an end")
     pointer.array[at[mask]] = values[mask]
@@ -645,7 +660,7 @@ def _e4m3_pairs(code: str, args: Sequence[Any]) -> Value:
     """PTX that ends in two values of e4m3, of which the first is the low byte."""
     if not _rounds:
         assert "f16x2" not in code
-        return value(np.stack([args[0] * args[2], args[1] * args[2]], -1))
+        return value(np.stack([x * (args[2] if len(args) > 2 else 1) for x in args[:2]], -1))
     shape = args[0].shape
     registers = {f"${i + 1}": np.broadcast_to(np.float32(x), shape) for i, x in enumerate(args)}
 
@@ -717,6 +732,8 @@ GL = SimpleNamespace(
     int1="int1",
     int16="int16",
     int32="int32",
+    float8e4nv="float8e4nv",
+    pointer_type=lambda dtype: dtype,
     cdiv=lambda a, b: -(-a // b),
     where=_where,
     max=lambda x, axis: x.max(axis),

@@ -33,14 +33,17 @@ from fastvit.kernels.attention.launch import (
     problem_of,
     run,
 )
+from fastvit.kernels.linear_fp8.reference import fp8_quantize_reference
 from fastvit.numerics import measure
 
 ROOT = Path(__file__).parents[2] / "kernels" / "attention"
+PARTS = ROOT.parent / "_hopper_e4m3.py", ROOT / "hopper_parts.py"
 FILES = {
-    **dict.fromkeys(SHORT, (ROOT / "hopper_parts.py", ROOT / "hopper.py")),
-    **dict.fromkeys(LONG, (ROOT / "hopper_parts.py", ROOT / "hopper_long.py")),
+    **dict.fromkeys(SHORT, (*PARTS, ROOT / "hopper.py")),
+    **dict.fromkeys(LONG, (*PARTS, ROOT / "hopper_long.py")),
 }
 LOG2E = math.log2(math.e)
+E4M3 = torch.float8_e4m3fn
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -55,6 +58,7 @@ class Form(NamedTuple):
     packed: bool = True
     keep: bool = True
     mask: str = ""  # "bias" of each head, "key" of each image, "bool"
+    inverse: float | None = None  # of the scale of an output in e4m3
 
 
 def draw(form: Form, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
@@ -105,7 +109,8 @@ def truth(form: Form, q: Any, k: Any, v: Any, mask: Any) -> tuple[torch.Tensor, 
 
 def problem(form: Form, q: Any, k: Any, v: Any, mask: Any) -> Any:
     metas: Any = describe(q, k, v, mask, None, None, None)
-    options = Options(form.h, 0, form.d**-0.5, half=False)
+    out_scale = None if form.inverse is None else 1 / form.inverse
+    options = Options(form.h, 0, form.d**-0.5, half=False, out_scale=out_scale)
     return problem_of(metas, options, "highest"), metas
 
 
@@ -124,7 +129,7 @@ def launch(
     asked, metas = problem(form, *given)
     prepared = prepare_hopper(v, asked, metas[1], metas[3], keep=form.keep)
     b, h, n, d = form[:4]
-    out = torch.full((b, n, h, d), math.nan, dtype=dtype)
+    out = torch.full((b, n, h, d), math.nan).to(dtype if form.inverse is None else E4M3)
     kept = torch.full((2, b, h, n), math.nan) if form.keep else None
     written = [x for x in (out, kept) if x is not None]
     tensors = (*given, None, None, None, out, kept)
@@ -138,6 +143,7 @@ def simulate(space: dict[str, Any], v: Variant, form: Form, programs: int, seed:
     y, kept = launch(space, v, form, given, programs, seed)
     wide = [x.double() if x is not None and x.is_floating_point() else x for x in given]
     want, statistics = truth(form, *wide)
+    want = want if form.inverse is None else want * form.inverse
     if not np.allclose(y, want, rtol=1e-9, atol=1e-12):
         raise sim.Wrong("wrong result")
     if kept is not None and not np.allclose(kept, statistics, rtol=1e-9, atol=1e-12):
@@ -175,6 +181,11 @@ CASES: list[tuple[str, Form, int, dict[str, Any]]] = [
     ("stay", Form(1, 3, 330, 80, mask="bool"), 2, {"queries": 1}),
     ("stay", Form(2, 2, 128, 104, packed=False, mask="bias"), 1, {"stages": 2}),
     ("stay-turns", Form(2, 2, 240), 2, {}),
+    ("roles", Form(2, 3, 197, keep=False, inverse=9.0), 2, {}),
+    ("roles", Form(1, 2, 70, 40, 257, packed=False, keep=False, inverse=9.0), 2, {}),
+    ("head", Form(1, 2, 197, 32, keep=False, inverse=9.0), 99, {}),
+    ("stream", Form(2, 2, 128, 72, keep=False, mask="bias", inverse=9.0), 3, {}),
+    ("stay", Form(2, 2, 257, 104, keep=False, inverse=9.0), 1, {}),
 ]
 
 
@@ -276,6 +287,11 @@ FAULTS = {
         18, "                    if j > 0:\n", "                    if j > 1:\n",
     ),
     "output not rescaled": (12, "    o0 = o0 * like_rows(decay, o0)\n", ""),
+    "pairs of e4m3 at the places of single ones": (24, "stride = stride // 2", "stride = stride"),
+    "an inverse left out": (26, "(1.0 if inverse is None else inverse)", "1.0"),
+    "the scale of the output left out": (
+        28, "factor = norm if inverse is None else norm * inverse", "factor = norm",
+    ),
     "a query that may look nowhere": (
         14, 'shift = gl.where(new == float("-inf"), 0.0, new)', "shift = new",
     ),
@@ -305,6 +321,8 @@ def test_a_planted_fault_is_caught(fault):
         ("head", Form(1, 1, 130, packed=False)),
         ("stream", Form(1, 1, 330, 72)),
         ("stay", Form(1, 2, 257, 128, mask="bias")),
+        ("roles", Form(1, 2, 197, keep=False, inverse=2000.0)),
+        ("stream", Form(1, 1, 330, 72, keep=False, inverse=2000.0)),
     ],
     ids=name_of,
 )
@@ -321,10 +339,15 @@ def test_numerics(name, form, dtype):
     eager = torch.where(eager.isnan(), 0, eager)
     with sim.rounded():
         y, kept = launch(space(name), chosen(name, form), form, given, 1, 0)
+    if form.inverse is not None:  # the largest values are beyond e4m3
+        want, eager = (fp8_quantize_reference(x, 1 / form.inverse) for x in (want, eager))
+        assert want.abs().max() == 448
+        dtype = E4M3
     row = measure(name, torch.from_numpy(y).to(dtype), want, eager)
     assert row.passed, row
-    assert kept is not None
-    assert np.allclose(kept, statistics, rtol=1e-4, atol=1e-4)
+    if form.keep:
+        assert kept is not None
+        assert np.allclose(kept, statistics, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------- choice
@@ -455,7 +478,8 @@ def compiled_path(monkeypatch):
 def prepared(form: Form, *, keep: bool = False) -> Any:
     metas: Any = describe(*on_meta(form, HALF))
     metas = [m if m is None else m._replace(device=CPU) for m in metas]
-    options = Options(form.h, 0, form.d**-0.5, half=False)
+    out_scale = None if form.inverse is None else 1 / form.inverse
+    options = Options(form.h, 0, form.d**-0.5, half=False, out_scale=out_scale)
     return prepare(*metas, None, None, None, *options, "highest", keep=keep).launch
 
 

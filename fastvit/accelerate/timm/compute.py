@@ -30,7 +30,7 @@ from fastvit.parts import (
     add_mlp,
     apply_norm,
     attend,
-    attend_packed,
+    attend_projected,
     drop_or_none,
     drop_path_scale,
     factor,
@@ -223,7 +223,7 @@ def run_parallel(block: Any, parts: Parts, x: Tensor, mask: Tensor | None = None
     if hasattr(block, "sub_norm"):
         out = _difference(parts, block, qkv, mask)
     else:
-        out = attend_packed(parts, qkv, mask, None)
+        out = attend_projected(parts, (qkv,), mask, None)
     h = ops.linear(h, w_mlp, b_mlp, activation=parts.activation)
     h = block.mlp_drop(h)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvit.kernels._backend import Meta
 from fastvit.kernels._device import SHARED_MEMORY, architecture, multiprocessors
-from fastvit.kernels._hopper import answer, give_up, hopper_problem
+from fastvit.kernels._hopper import answer, hopper_problem, redo
 from fastvit.kernels._launch import Box, Prepared, run
 from fastvit.kernels._tuning import TileConfig, cdiv
 
@@ -287,9 +287,14 @@ def _room(m: int, d: int, block: int, *, stays: bool) -> tuple[int, int, int] | 
 
 
 def prepare_hopper(
-    choice: Variant, problem: Problem, k: Meta | None, mask: Meta | None, *, keep: bool
-) -> Prepared:
-    """`run` is given the tensors of `launch.py`, the output [B, N, H, d] and the statistics."""
+    choice: Variant, problem: Problem, k: Meta | None, mask: Meta | None, *, keep: bool,
+    early: bool = False,
+) -> Prepared:  # fmt: skip
+    """`run` is given the tensors of `launch.py`, the output [B, N, H, d] and the statistics.
+
+    Args:
+        early: as of `Prepared`, for the kernel for few heads.
+    """
     batch, h, n, m, d = problem.sizes
     d0, d1 = channel_parts(d)
     scale, keys = problem.options.scale * LOG2E, None if n == m else m
@@ -307,7 +312,7 @@ def prepare_hopper(
         )  # fmt: skip
         if choice.name == "head":
             kernel, programs = attention_head_kernel, choice.items
-            constants = choice.blocks, choice.items // (batch * h)
+            constants = choice.blocks, choice.items // (batch * h), early
 
         def arguments(
             q: Any, k: Any, v: Any, mask: Any, cos: Any, sin: Any, cu: Any, out: Tensor, kept: Any
@@ -343,7 +348,7 @@ def prepare_hopper(
             )  # fmt: skip
 
     tile = TileConfig(ROWS, choice.parts[0], 0, 4, choice.stages, choice.name)
-    return Prepared(kernel, programs, tile, arguments, boxes)
+    return Prepared(kernel, programs, tile, arguments, boxes, early=early)
 
 
 def prepare_turn(problem: Problem) -> Callable[..., tuple[Any, ...]]:
@@ -486,4 +491,4 @@ def prepare_whole(choice: Whole, problem: Problem, k: Meta | None, grad: Meta) -
 
     tile = TileConfig(ROWS, HALF_KEYS, 0, 8, 1, choice.name)
     programs = min(batch * h, multiprocessors(problem.device))
-    return Prepared(attention_backward_kernel, programs, tile, arguments, boxes, give_up)
+    return Prepared(attention_backward_kernel, programs, tile, arguments, boxes, redo)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastvit.kernels import _launch
-from fastvit.kernels._backend import Meta
+from fastvit.kernels._backend import Meta, describe
 from fastvit.kernels._device import SHARED_MEMORY, architecture, cached, multiprocessors
 from fastvit.kernels._hopper import answer, give_up, hopper_problem
 from fastvit.kernels._launch import Prepared, fits_tma, row_count, rows_of
@@ -130,10 +130,34 @@ def sum_parts(choice: Variant, m: int) -> int:
     return cdiv(m, choice.block_m) * (choice.block_m // choice.rows)
 
 
+class InputGradient(NamedTuple):
+    """Of what a linear reads, [M, K] each; G W by default."""
+
+    grad: Tensor
+    hidden: Tensor | None  # act(pre)
+    sums: Tensor | None  # [K], float64: of the columns of grad, where they cost nothing
+
+
+def input_gradient(
+    g: Tensor, weight: Tensor, factor: Tensor | None, pre: Tensor | None = None,
+    activation: str = "none", *, hidden: bool = False,
+) -> InputGradient | None:  # fmt: skip
+    """factor G W, times act'(pre) if that is given; None where another kernel has to run."""
+    launch = _prepare_input(*describe(g, weight, pre, factor), activation, hidden)
+    if launch is None:
+        return None
+    shape = g.shape[0], weight.shape[1]
+    out, activated = g.new_empty(shape), g.new_empty(shape) if hidden else None
+    sums = None
+    if pre is not None:
+        sums = g.new_empty(launch[1], shape[1], dtype=torch.float32)
+    _launch.run(launch[0], g, weight, pre, factor, out, activated, sums)
+    return InputGradient(out, activated, None if sums is None else sums.sum(0, dtype=torch.float64))
+
+
 @cached
-def prepare_input(
-    g: Meta, weight: Meta, pre: Meta | None, factor: Meta | None, activation: str,
-    hidden: bool = False,
+def _prepare_input(
+    g: Meta, weight: Meta, pre: Meta | None, factor: Meta | None, activation: str, hidden: bool
 ) -> tuple[Prepared, int] | None:  # fmt: skip
     """The launch for G W, and into how many rows it sums columns; None where another kernel
     runs."""

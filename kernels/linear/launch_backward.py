@@ -126,56 +126,39 @@ def _prepare_pass(g: Meta, *others: Any) -> Prepared:
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """G (scale W): [M, N] to [M, K]."""
     scaled, factor = _scaled(weight, scale)
-    launch = hopper.prepare_input(*describe(g, scaled, None, factor), "none")
-    if launch is None:
-        return _multiply(g, scaled.t().contiguous(), factor)
-    out = g.new_empty(g.shape[0], weight.shape[1])
-    _launch.run(launch[0], g, scaled, None, factor, out, None, None)
-    return out
+    found = hopper.input_gradient(g, scaled, factor)
+    return _multiply(g, *_turned(scaled, factor)) if found is None else found.grad
 
 
 def _multiply(g: Tensor, turned: Tensor, factor: Tensor | None) -> Tensor:
-    factor = None if factor is None else factor.expand(turned.shape[0]).contiguous()
     tensors = (g, turned, None, factor, None, None)
     return prepare_and_run(forward.prepare, forward.run, tensors, "none", dtype=g.dtype)
-
-
-class HiddenGradient(NamedTuple):
-    """Of an MLP's hidden layer, [M, K] each."""
-
-    grad: Tensor  # (G (scale W)) * act'(pre)
-    hidden: Tensor | None  # act(pre)
-    sums: Tensor | None  # [K], float64: of the columns of grad, where they cost nothing
 
 
 @or_portable
 def hidden_gradient(
     g: Tensor, weight: Tensor, scale: Tensor | None, pre: Tensor, activation: str, *,
     wants_hidden: bool,
-) -> HiddenGradient:  # fmt: skip
-    """From G [M, N] and pre [..., K]; act(pre) where it is wanted, or comes along."""
+) -> hopper.InputGradient:  # fmt: skip
+    """(G (scale W)) * act'(pre), and act(pre) if wanted or if it comes along; pre is [..., K]."""
     scaled, factor = _scaled(weight, scale)
     pre = pre.view(g.shape[0], weight.shape[1])
     activation = forward.exact_activation(activation, g.dtype)
-    hoppers = hopper.prepare_input(*describe(g, scaled, pre, factor), activation, wants_hidden)
-    if hoppers is not None:
-        out, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_hidden else None
-        sums = g.new_empty(hoppers[1], pre.shape[1], dtype=torch.float32)
-        _launch.run(hoppers[0], g, scaled, pre, factor, out, hidden, sums)
-        return HiddenGradient(out, hidden, sums.sum(0, dtype=torch.float64))
-    turned = scaled.t().contiguous()
-    factor = None if factor is None else factor.expand(turned.shape[0]).contiguous()
+    found = hopper.input_gradient(g, scaled, factor, pre, activation, hidden=wants_hidden)
+    if found is not None:
+        return found
+    turned, factor = _turned(scaled, factor)
     tensors = (g, turned, pre, factor)
     launch = _prepare_hidden(*describe(*tensors), activation, matmul_precision())
     hidden = torch.empty_like(pre)
     if launch is None:
         dh = _multiply(g, turned, factor)
         passed = pre_gradient(dh, g.dtype, pre=pre, hidden=hidden, activation=activation)
-        return HiddenGradient(passed.grad, hidden, passed.sums)
+        return hopper.InputGradient(passed.grad, hidden, passed.sums)
     out = torch.empty_like(pre, dtype=g.dtype)
     if out.numel():
         _launch.run(launch, *tensors, out, hidden)
-    return HiddenGradient(out, hidden, None)
+    return hopper.InputGradient(out, hidden, None)
 
 
 @cached
@@ -213,6 +196,12 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None
         factor = scale.abs().amax(0, keepdim=True).clamp_min(torch.finfo(wide).tiny)
         scale = scale / factor
     return (weight * scale[:, None]).to(weight.dtype), factor
+
+
+def _turned(scaled: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As a linear's weight [K, N] and its scale [K]."""
+    turned = scaled.t().contiguous()
+    return turned, None if factor is None else factor.expand(len(turned)).contiguous()
 
 
 def parameter_gradients(

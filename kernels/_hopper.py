@@ -7,7 +7,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -88,11 +88,11 @@ def refuse(error: Exception) -> None:
 
 
 class Refused(Exception):
-    """What was to be launched is to be prepared anew."""
+    """A Hopper kernel could not be compiled, and the one in its place takes other tensors."""
 
 
-def redo(error: Exception) -> NoReturn:
-    """`refuse`, where no one launch takes the place of this one."""
+def give_up(error: Exception) -> Any:
+    """A `Prepared.spare` of such a kernel: `or_portable` launches again."""
     refuse(error)
     raise Refused from error
 

@@ -353,6 +353,8 @@ _BUILDERS = {
 
 # --------------------------------------------------------------------------- proofs
 
+WITH_GRADIENTS = ("linear", "norm_mlp")  # ops whose gradients are several kernels
+
 
 def configuration_of(
     spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu", *, backward: bool = False
@@ -399,26 +401,60 @@ def _results(spec: OpSpec, inputs: dict[str, Any], *, backward: bool) -> tuple[T
         return torch.autograd.grad(y, leaves, y.detach()) if backward else (y,)
 
 
+def gradients_of(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> list[tuple[Configuration, tuple[Prepared, tuple[Any, ...]]]]:
+    """Of Hopper's kernels among those that the gradients of ``linear`` or an MLP launch."""
+    with recorded() as found:
+        _results(spec, spec.inputs(case, dtype, device, seed=None), backward=True)
+    of: dict[str, Any] = {}
+    for prepared, arguments in found:
+        name, tile, grad = prepared.kernel.fn.__name__, prepared.tile, arguments[0]
+        if name == "hopper_weight_product_kernel":
+            operands = ["sums"] * (arguments[3] is not None)
+            n, k, activation = grad.shape[1], arguments[1].shape[1], "none"
+        elif name == "hopper_input_gradient_kernel":
+            pairs = zip(("pre", "hidden", "factor"), (*arguments[3:5], arguments[6]), strict=True)
+            operands = [operand for operand, given in pairs if given is not None]
+            n, k, activation = arguments[8:11]
+        else:
+            continue
+        configuration = {
+            "op": "linear_backward", "variant": tile.backend,
+            "tile": [tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K],
+            "dtype": str(dtype).removeprefix("torch."), "operands": operands,
+            "activation": activation.removesuffix("_polynomial"), "N": n, "K": k,
+        }  # fmt: skip
+        of.setdefault(json.dumps(configuration), (configuration, (prepared, arguments)))
+    return list(of.values())
+
+
 def prove(
     spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cuda", seed: int = 0, *,
     backward: bool = False,
-) -> dict[str, Any] | None:  # fmt: skip
-    """An entry for the ledger, from this machine's GPU; arguments and None as `configuration_of`.
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Entries for the ledger, from this machine's GPU: one, as `configuration_of`, or one for each
+    of `gradients_of`.
 
     Raises:
-        ValueError: the configuration does not give the machine code that ran.
+        ValueError: a configuration does not give the machine code that ran.
     """
-    configuration = configuration_of(spec, case, dtype, device, backward=backward)
-    launch = _recorded(spec, case, dtype, device, backward=backward)
-    if configuration is None or launch is None:
-        return None
-    with _offline():
-        ran, rebuilt = (audit.as_launch(*x, "sm90").key() for x in (launch, build(configuration)))
-    if ran != rebuilt:
-        raise ValueError(f"{label(configuration)} is not all there is to know of it")
-    report = numerics.compare_case(
-        spec, case, dtype, backward=backward, device=device, seed=seed
-    )  # fmt: skip
+    if backward and spec.name in WITH_GRADIENTS:
+        held = gradients_of(spec, case, dtype, device)
+    else:
+        configuration = configuration_of(spec, case, dtype, device, backward=backward)
+        launch = _recorded(spec, case, dtype, device, backward=backward)
+        held = [] if configuration is None or launch is None else [(configuration, launch)]
+    if not held:
+        return []
+    for configuration, launch in held:
+        with _offline():
+            ran, rebuilt = (
+                audit.as_launch(*x, "sm90").key() for x in (launch, build(configuration))
+            )
+        if ran != rebuilt:
+            raise ValueError(f"{label(configuration)} is not all there is to know of it")
+    report = numerics.compare_case(spec, case, dtype, backward=backward, device=device, seed=seed)
     inputs = spec.inputs(case, dtype, device, seed)
     one, other = (_results(spec, inputs, backward=backward) for _ in range(2))
     same = all(map(torch.equal, one, other))
@@ -431,15 +467,16 @@ def prove(
         }
         for row in report.rows[int(backward) :]
     ]  # fmt: skip
-    return {
-        "configuration": configuration,
-        "fingerprints": {facts["triton"]: read(compile_offline(*launch))["fingerprint"]},
-        "proof": {
-            "card": facts["gpu"], "date": facts["date"][:10], "torch": facts["torch"],
-            "triton": facts["triton"], "commit": facts["git_commit"], "numerics": checks,
-            "source": "the product's kernel, by benchmarks/gpu.py; not timed there", "times": [],
-        },
+    proof = {
+        "card": facts["gpu"], "date": facts["date"][:10], "torch": facts["torch"],
+        "triton": facts["triton"], "commit": facts["git_commit"], "numerics": checks,
+        "source": "the product's kernel, by benchmarks/gpu.py; not timed there", "times": [],
     }  # fmt: skip
+    prints = [read(compile_offline(*launch))["fingerprint"] for _, launch in held]
+    return [
+        {"configuration": c, "fingerprints": {facts["triton"]: found}, "proof": proof}
+        for (c, _), found in zip(held, prints, strict=True)
+    ]
 
 
 def main(arguments: Sequence[str]) -> None:

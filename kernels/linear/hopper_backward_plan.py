@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit.kernels._backend import Meta
-from fastvit.kernels._device import SHARED_MEMORY, architecture, multiprocessors
-from fastvit.kernels._hopper import answer, hopper_problem
+from fastvit.kernels import _launch
+from fastvit.kernels._backend import Meta, describe
+from fastvit.kernels._device import SHARED_MEMORY, architecture, cached, multiprocessors
+from fastvit.kernels._hopper import answer, give_up, hopper_problem
 from fastvit.kernels._launch import Prepared, fits_tma, row_count, rows_of
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.linear.hopper_plan import (
@@ -129,6 +130,44 @@ def sum_parts(choice: Variant, m: int) -> int:
     return cdiv(m, choice.block_m) * (choice.block_m // choice.rows)
 
 
+class InputGradient(NamedTuple):
+    """Of what a linear reads, [M, K] each; G W by default."""
+
+    grad: Tensor
+    hidden: Tensor | None  # act(pre)
+    sums: Tensor | None  # [K], float64: of the columns of grad, where they cost nothing
+
+
+def input_gradient(
+    g: Tensor, weight: Tensor, factor: Tensor | None, pre: Tensor | None = None,
+    activation: str = "none", *, hidden: bool = False,
+) -> InputGradient | None:  # fmt: skip
+    """factor G W, times act'(pre) if that is given; None where another kernel has to run."""
+    launch = _prepare_input(*describe(g, weight, pre, factor), activation, hidden)
+    if launch is None:
+        return None
+    shape = g.shape[0], weight.shape[1]
+    out, activated = g.new_empty(shape), g.new_empty(shape) if hidden else None
+    sums = None
+    if pre is not None:
+        sums = g.new_empty(launch[1], shape[1], dtype=torch.float32)
+    _launch.run(launch[0], g, weight, pre, factor, out, activated, sums)
+    return InputGradient(out, activated, None if sums is None else sums.sum(0, dtype=torch.float64))
+
+
+@cached
+def _prepare_input(
+    g: Meta, weight: Meta, pre: Meta | None, factor: Meta | None, activation: str, hidden: bool
+) -> tuple[Prepared, int] | None:  # fmt: skip
+    """The launch for G W, and into how many rows it sums columns; None where another kernel
+    runs."""
+    choice = input_variant(g, weight, pre, activation, hidden=hidden)
+    if isinstance(choice, str):
+        return None
+    launch = prepare_input_gradient(choice, g, weight, pre, activation, hidden=hidden)
+    return launch, sum_parts(choice, row_count(g))
+
+
 def prepare_input_gradient(
     choice: Variant, g: Meta, weight: Meta, pre: Meta | None, activation: str, *,
     hidden: bool = False,
@@ -159,7 +198,7 @@ def prepare_input_gradient(
     )
     programs = min(choice.tiles(m, k), multiprocessors(g.device))
     tile = TileConfig(choice.block_m, choice.block_n, BLOCK, 4, choice.stages, choice.name)
-    return Prepared(hopper_input_gradient_kernel, programs, tile, arguments, boxes)
+    return Prepared(hopper_input_gradient_kernel, programs, tile, arguments, boxes, give_up)
 
 
 # -------------------------------------------------------------------------- gradient of the weight
@@ -230,7 +269,7 @@ def prepare_weight_product(choice: Pieces, g: Meta, x: Meta) -> WeightProduct:
     tile = TileConfig(*choice, BLOCK, 4, PIECE_STAGES, choice.name)
     product = Prepared(
         hopper_weight_product_kernel, programs, tile,
-        lambda *tensors: (*tensors, rows, *constants), boxes,
+        lambda *tensors: (*tensors, rows, *constants), boxes, give_up,
     )  # fmt: skip
     # few shapes differ in these, and loads past the last are masked
     most = max(8, _power(table.most)), max(16, _power(table.most_of_row))
@@ -240,6 +279,24 @@ def prepare_weight_product(choice: Pieces, g: Meta, x: Meta) -> WeightProduct:
         lambda pieces, sums, out, total: (pieces, sums, starts, out, total, *shape),
     )  # fmt: skip
     return WeightProduct(product, total, table.starts[-1], choice)
+
+
+def run_weight_product(
+    launches: WeightProduct, g: Tensor, x: Tensor, wants_sums: bool, final: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """G^T x [N, K] and, if wanted, the sums of G's columns [N], both of dtype `final`; without one
+    G^T x as [1, N, K], in float32."""
+    product, total, slots, choice = launches
+    n, dtype = g.shape[1], final or torch.float32
+    pieces = g.new_empty(slots, *choice, dtype=torch.float32)
+    of_pieces = sums = None
+    if wants_sums:
+        of_pieces = g.new_empty(slots, choice.block_n, dtype=torch.float32)
+        sums = g.new_empty(n, dtype=dtype)
+    out = g.new_empty(n, x.shape[1], dtype=dtype)
+    _launch.run(product, g, x, pieces, of_pieces)
+    _launch.run(total, pieces, of_pieces, out, sums)
+    return out if final else out[None], sums
 
 
 @functools.lru_cache(maxsize=4096)  # not `cached`: a CUDA graph that was captured reads them

@@ -28,7 +28,7 @@ from torch import Tensor
 from fastvit.kernels import _launch
 from fastvit.kernels._backend import Grads, Meta, describe, matmul_precision, prepare_and_run
 from fastvit.kernels._device import architecture, cached, multiprocessors
-from fastvit.kernels._hopper import or_portable, redo
+from fastvit.kernels._hopper import or_portable
 from fastvit.kernels._launch import Prepared, accumulator, product_precision, wide_dtype
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.linear import hopper_backward_plan as hopper
@@ -126,71 +126,39 @@ def _prepare_pass(g: Meta, *others: Any) -> Prepared:
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """G (scale W): [M, N] to [M, K]."""
     scaled, factor = _scaled(weight, scale)
-    launch = _prepare_hopper(*describe(g, scaled, None, factor), "none")
-    if launch is None:
-        return _multiply(g, scaled.t().contiguous(), factor)
-    out = g.new_empty(g.shape[0], weight.shape[1])
-    _launch.run(launch[0], g, scaled, None, factor, out, None, None)
-    return out
+    found = hopper.input_gradient(g, scaled, factor)
+    return _multiply(g, *_turned(scaled, factor)) if found is None else found.grad
 
 
 def _multiply(g: Tensor, turned: Tensor, factor: Tensor | None) -> Tensor:
-    factor = None if factor is None else factor.expand(turned.shape[0]).contiguous()
     tensors = (g, turned, None, factor, None, None)
     return prepare_and_run(forward.prepare, forward.run, tensors, "none", dtype=g.dtype)
-
-
-class HiddenGradient(NamedTuple):
-    """Of an MLP's hidden layer, [M, K] each."""
-
-    grad: Tensor  # (G (scale W)) * act'(pre)
-    hidden: Tensor | None  # act(pre)
-    sums: Tensor | None  # [K], float64: of the columns of grad, where they cost nothing
 
 
 @or_portable
 def hidden_gradient(
     g: Tensor, weight: Tensor, scale: Tensor | None, pre: Tensor, activation: str, *,
     wants_hidden: bool,
-) -> HiddenGradient:  # fmt: skip
-    """From G [M, N] and pre [..., K]; act(pre) where it is wanted, or comes along."""
+) -> hopper.InputGradient:  # fmt: skip
+    """(G (scale W)) * act'(pre), and act(pre) if wanted or if it comes along; pre is [..., K]."""
     scaled, factor = _scaled(weight, scale)
     pre = pre.view(g.shape[0], weight.shape[1])
     activation = forward.exact_activation(activation, g.dtype)
-    hoppers = _prepare_hopper(*describe(g, scaled, pre, factor), activation, wants_hidden)
-    if hoppers is not None:
-        out, hidden = torch.empty_like(pre), torch.empty_like(pre) if wants_hidden else None
-        sums = g.new_empty(hoppers[1], pre.shape[1], dtype=torch.float32)
-        _launch.run(hoppers[0], g, scaled, pre, factor, out, hidden, sums)
-        return HiddenGradient(out, hidden, sums.sum(0, dtype=torch.float64))
-    turned = scaled.t().contiguous()
-    factor = None if factor is None else factor.expand(turned.shape[0]).contiguous()
+    found = hopper.input_gradient(g, scaled, factor, pre, activation, hidden=wants_hidden)
+    if found is not None:
+        return found
+    turned, factor = _turned(scaled, factor)
     tensors = (g, turned, pre, factor)
     launch = _prepare_hidden(*describe(*tensors), activation, matmul_precision())
     hidden = torch.empty_like(pre)
     if launch is None:
         dh = _multiply(g, turned, factor)
         passed = pre_gradient(dh, g.dtype, pre=pre, hidden=hidden, activation=activation)
-        return HiddenGradient(passed.grad, hidden, passed.sums)
+        return hopper.InputGradient(passed.grad, hidden, passed.sums)
     out = torch.empty_like(pre, dtype=g.dtype)
     if out.numel():
         _launch.run(launch, *tensors, out, hidden)
-    return HiddenGradient(out, hidden, None)
-
-
-@cached
-def _prepare_hopper(
-    g: Meta, weight: Meta, pre: Meta | None, factor: Meta | None, activation: str,
-    hidden: bool = False,
-) -> tuple[Prepared, int] | None:  # fmt: skip
-    """Of Hopper's kernel for G W, and into how many rows it sums columns; None where another one
-    runs."""
-    choice = hopper.input_variant(g, weight, pre, activation, hidden=hidden)
-    if isinstance(choice, str):
-        return None
-    launch = hopper.prepare_input_gradient(choice, g, weight, pre, activation, hidden=hidden)
-    launch.spare = redo
-    return launch, hopper.sum_parts(choice, g.shape[0])
+    return hopper.InputGradient(out, hidden, None)
 
 
 @cached
@@ -230,6 +198,12 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None
     return (weight * scale[:, None]).to(weight.dtype), factor
 
 
+def _turned(scaled: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As a linear's weight [K, N] and its scale [K]."""
+    turned = scaled.t().contiguous()
+    return turned, None if factor is None else factor.expand(len(turned)).contiguous()
+
+
 def parameter_gradients(
     g: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
     sums: Any, needs: Sequence[bool],
@@ -266,23 +240,14 @@ def _weight_product(
     """G^T x in parts [S, N, K] of which it is the sum, and G's column sums [N] if wanted; where the
     kernel can give it, G^T x itself [N, K] in dtype `final`."""
     launch, split, rows = _prepare_weight_product(*describe(g, x), matmul_precision(), wants_sums)
-    n, k = g.shape[1], x.shape[1]
     if isinstance(launch, hopper.WeightProduct):
-        dtype = final or torch.float32
-        pieces = g.new_empty(launch.slots, *launch.choice, dtype=torch.float32)
-        of_pieces = sums = None
-        if wants_sums:
-            of_pieces = g.new_empty(launch.slots, launch.choice.block_n, dtype=torch.float32)
-            sums = g.new_empty(n, dtype=dtype)
-        out = g.new_empty(n, k, dtype=dtype)
-        _launch.run(launch.product, g, x, pieces, of_pieces)
-        _launch.run(launch.total, pieces, of_pieces, out, sums)
-        return out if final else out[None], sums
+        return hopper.run_weight_product(launch, g, x, wants_sums, final)
     if launch is None:
         g, x = (g[:0], x[:0]) if _launch.idle() else (g, x)
         sums = pre_gradient(g, g.dtype, only_sums=True).sums if wants_sums else None
         return _plain_product(g, x)[None], sums
-    partial = g.new_empty(split, n, k, dtype=wide_dtype(g.dtype))
+    n = g.shape[1]
+    partial = g.new_empty(split, n, x.shape[1], dtype=wide_dtype(g.dtype))
     sums = g.new_empty(rows, n, dtype=torch.float64) if wants_sums else None
     _launch.run(launch, g, x, partial, sums)
     return partial, None if sums is None else sums.sum(0)
@@ -302,9 +267,7 @@ def _prepare_weight_product(
     tile = lookup("linear_backward", architecture(g.device), g.dtype, M=n, N=k, K=m)
     choice = hopper.weight_variant(g, x, tile)
     if isinstance(choice, hopper.Pieces):
-        pieces = hopper.prepare_weight_product(choice, g, x)
-        pieces.product.spare = redo
-        return pieces, 1, 0
+        return hopper.prepare_weight_product(choice, g, x), 1, 0
     tile = forward.portable_tile(tile, g, x)
     if tile.backend == "cublas":
         return None, 1, 0

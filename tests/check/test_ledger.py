@@ -138,6 +138,11 @@ for spec in all_specs().values():
                     ran = audit.as_launch(*ran, "sm90")
                     assert ran.key() == audit.as_launch(*ledger.build(c), "sm90").key(), c
                 print(spec.name + " gradients" * backward, c and c["variant"])
+            if spec.name in ledger.WITH_GRADIENTS:
+                for c, ran in ledger.gradients_of(spec, case, dtype):
+                    ran = audit.as_launch(*ran, "sm90")
+                    assert ran.key() == audit.as_launch(*ledger.build(c), "sm90").key(), c
+                    print(spec.name + " gradients", c["variant"], *c["operands"])
 """
 
 
@@ -150,7 +155,11 @@ def test_a_case_for_a_gpu_has_a_configuration():
     assert found["attention_qkv stay"] == 2
     assert found["attention_qkv gradients whole"] == 4
     assert found["attention gradients whole"] == 2
-    assert found["fp8_attention roles"] == 4
+    assert found["fp8_attention roles"] == 8
+    assert found["linear gradients pingpong"] == 10
+    assert found["linear gradients pingpong factor"] == 2  # LayerScale in float16
+    assert found["norm_mlp gradients coop pre hidden"] == 3
+    assert found["norm_mlp gradients pieces sums"] == 2
     assert "linear None" not in found
 
 
@@ -161,8 +170,7 @@ def test_a_proof_says_what_it_is_of(monkeypatch):
     monkeypatch.setattr(ledger, "compile_offline", lambda *launch: None)
     monkeypatch.setattr(ledger, "read", lambda compiled: {"fingerprint": "of it"})
     monkeypatch.setattr(ledger.audit, "as_launch", lambda *launch: SimpleNamespace(key=str))
-    entry = ledger.prove(spec, case, torch.bfloat16, "cpu", seed=3)
-    assert entry is not None
+    (entry,) = ledger.prove(spec, case, torch.bfloat16, "cpu", seed=3)
     assert label(entry["configuration"]).startswith("linear pingpong 64x128x64 bfloat16")
     (check,) = entry["proof"]["numerics"]
     assert check["passed"]

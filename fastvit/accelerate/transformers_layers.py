@@ -23,7 +23,7 @@ from fastvit.parts import (
     add_mlp,
     apply_norm,
     attend,
-    attend_packed,
+    attend_projected,
     drop_or_none,
     drop_rate,
     layer_or_none,
@@ -195,7 +195,7 @@ def _attend_map(size: int, parts: Parts, x: Tensor, mask: Tensor | None) -> Tens
         h = h.flatten(0, 2)
     grid = h.shape[1:3]
     qkv = ops.linear(h.flatten(1, 2), *weights_of(parts.qkv[0]))
-    out = attend_packed(parts, qkv, _decomposed(parts, qkv, grid), None).unflatten(1, grid)
+    out = attend_projected(parts, (qkv,), _decomposed(parts, qkv, grid), None).unflatten(1, grid)
     if size > 0:
         out = out.unflatten(0, windows).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return out[:, :height, :width]

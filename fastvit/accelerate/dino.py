@@ -30,8 +30,8 @@ from fastvit.parts import Parts, activation_name, drop_or_none, scale_of
 
 _DINO = "vision_transformer"  # the module's name in torch.hub's folder
 _OWN = {
-    "attention": ("Attention",), "layer scale": ("LayerScale",), "drop path": ("DropPath",),
-    "mlp": ("Mlp", "SwiGLUFFN", "SwiGLUFFNFused", "SwiGLUFFNAligned"),
+    "ATTENTION": ("Attention",), "LAYER_SCALE": ("LayerScale",), "DROP_PATH": ("DropPath",),
+    "MLP": ("Mlp", "SwiGLUFFN", "SwiGLUFFNFused", "SwiGLUFFNAligned"),
 }  # fmt: skip
 _FORWARDS = {  # arguments after self
     "Block": (["x"], ["x", "return_attention"]),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit._compat import import_torchvision
-from fastvit.accelerate.block import FastBlock, applies, block_part, fast, original_of
+from fastvit.accelerate.block import FastBlock, block_part, fast, fast_class, original_of
 from fastvit.accelerate.plan import Part
-from fastvit.accelerate.single import find_single, single_part
+from fastvit.accelerate.single import FastNorm, find_single, layer_part
 from fastvit.obstacles import Obstacle, layer_obstacle, mha_obstacle, patched, wanted_by
-from fastvit.parts import Parts, activation_name, apply_norm, packed_weights_of, scale_of
+from fastvit.parts import Parts, activation_name, packed_weights_of, scale_of
 
 import_torchvision()  # before open_clip, which imports it
 
@@ -33,9 +33,9 @@ from open_clip.transformer import (  # noqa: E402
 )
 
 _WANTED = wanted_by({
-    "norm": frozenset({LayerNorm, LayerNormFp32}), "attention": frozenset({nn.MultiheadAttention}),
-    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "mlp": frozenset({nn.Sequential}),
-    "activation": frozenset({QuickGELU}), "layer scale": frozenset({LayerScale}),
+    "NORM": frozenset({LayerNorm, LayerNormFp32}), "ATTENTION": frozenset({nn.MultiheadAttention}),
+    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "MLP": frozenset({nn.Sequential}),
+    "ACTIVATION": frozenset({QuickGELU}), "LAYER_SCALE": frozenset({LayerScale}),
 })  # fmt: skip
 
 
@@ -73,32 +73,14 @@ class FastResidualAttentionBlock(FastBlock, ResidualAttentionBlock):
         return super().forward(q_x, k_x, v_x, attn_mask) if parts is None else self.run(parts, q_x)
 
 
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    """open_clip's norms give their input's dtype, under autocast too."""
-    return apply_norm(norm, x).to(x.dtype)
+class _FastNorm(FastNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        """In its input's dtype, under autocast too."""
+        return super().forward(input).to(input.dtype)
 
 
-@fast(LayerNorm)
-class FastLayerNorm(LayerNorm):
-    """open_clip's `LayerNorm` on our kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _norm(self, x) if applies(self, x) else super().forward(x)
-
-
-@fast(LayerNormFp32)
-class FastLayerNormFp32(LayerNormFp32):
-    """open_clip's `LayerNormFp32` on our kernel, which has its statistics in float32 anyway."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _norm(self, x) if applies(self, x) else super().forward(x)
-
-
-FAST: dict[type[nn.Module], type[nn.Module]] = {
-    ResidualAttentionBlock: FastResidualAttentionBlock,
-    LayerNorm: FastLayerNorm,
-    LayerNormFp32: FastLayerNormFp32,
-}
+FAST: dict[type[nn.Module], type[nn.Module]] = {ResidualAttentionBlock: FastResidualAttentionBlock}
+FAST |= {kind: fast_class(kind, _FastNorm, globals()) for kind in (LayerNorm, LayerNormFp32)}
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -117,7 +99,7 @@ def find(model: nn.Module) -> list[Part]:
             parts.append(block_part(name, module, fast, None, "open_clip"))
         elif module in (tower.conv1, tower.ln_pre, tower.ln_post):
             if kind in FAST:
-                part = single_part(name, module, FAST[kind], "layer_norm", "open_clip")
+                part = layer_part(name, module, FAST[kind], "layer_norm", "open_clip")
             else:
                 part = find_single(name, module, "open_clip")
             parts += [] if part is None else [part]

@@ -10,19 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.accelerate.block import applies, fast, make_row, original_of
+from fastvit.accelerate.block import applies, fast, fast_class, make_row, original_of
 from fastvit.accelerate.plan import Part
 from fastvit.obstacles import Obstacle, conv_obstacle, own_forward, patched
+from fastvit.parts import apply_norm
 
 
-@fast(nn.LayerNorm)
-class FastLayerNorm(nn.LayerNorm):
-    """torch's `LayerNorm` on our kernel."""
+class FastNorm(nn.Module):
+    """Base of norms on our kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not applies(self, input):
-            return super().forward(input)
-        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+        original: Any = super()
+        return apply_norm(self, input) if applies(self, input) else original.forward(input)
 
 
 @fast(nn.Conv2d)
@@ -67,7 +66,7 @@ def _divides(conv: Any, x: Any) -> bool:
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: FastLayerNorm,
+    nn.LayerNorm: fast_class(nn.LayerNorm, FastNorm, globals()),
     nn.Conv2d: FastPatchConv2d,
     nn.Conv3d: FastPatchConv3d,
 }
@@ -81,10 +80,10 @@ def find_single(name: str, module: Any, library: str) -> Part | None:
     if kind not in FAST:
         return None
     conv = None if kind is nn.LayerNorm else conv_obstacle(module)
-    return single_part(name, module, FAST[kind], _RUNS[kind], library, conv)
+    return layer_part(name, module, FAST[kind], _RUNS[kind], library, conv)
 
 
-def single_part(
+def layer_part(
     name: str,
     module: nn.Module,
     kind: type[nn.Module] | None,

@@ -44,8 +44,8 @@ from torchvision.models.vision_transformer import (  # noqa: E402
 _CONV = frozenset({nn.Conv2d, FastPatchConv2d})
 _LINEAR, _DROPOUT = frozenset({nn.Linear}), frozenset({nn.Dropout, nn.Identity})
 _WANTED = wanted_by({
-    "attention": frozenset({nn.MultiheadAttention}),
-    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "mlp": frozenset({MLPBlock}),
+    "ATTENTION": frozenset({nn.MultiheadAttention}),
+    "out_proj": frozenset({NonDynamicallyQuantizableLinear}), "MLP": frozenset({MLPBlock}),
     "0": _LINEAR, "1": frozenset({nn.GELU, nn.ReLU, nn.SiLU}), "2": _DROPOUT, "3": _LINEAR,
     "4": _DROPOUT,
 })  # fmt: skip

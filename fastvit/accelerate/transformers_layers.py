@@ -313,11 +313,11 @@ _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"} | {
     if hasattr(activations, name)
 }  # fmt: skip
 # what layers may be, for `obstacles.wanted_by`
-EXACT = {"norm": frozenset({nn.Identity}), "activation": frozenset(_ACTIVATIONS)}
+EXACT = {"NORM": frozenset({nn.Identity}), "ACTIVATION": frozenset(_ACTIVATIONS)}
 OWN = {
-    "norm": ("RMSNorm",), "inner norm": ("RMSNorm",), "attention": ("Attention",),
-    "mlp": ("MLP", "MLPBlock", "Mlp", "SwiGLUFFN"), "drop path": ("DropPath",),
-    "layer scale": ("LayerScale",), "intermediate": ("Intermediate",), "output": ("Output",),
+    "NORM": ("RMSNorm",), "INNER_NORM": ("RMSNorm",), "ATTENTION": ("Attention",),
+    "MLP": ("MLP", "MLPBlock", "Mlp", "SwiGLUFFN"), "DROP_PATH": ("DropPath",),
+    "LAYER_SCALE": ("LayerScale",), "intermediate": ("Intermediate",), "output": ("Output",),
 }  # fmt: skip
 
 

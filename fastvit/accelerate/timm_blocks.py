@@ -1,6 +1,9 @@
 # pyright: reportPrivateImportUsage=false
-"""What timm's blocks are made of, as `Parts`, and what those compute that are not pre-norm, with
-random numbers drawn in timm's order.
+"""timm's blocks and attention pooling: what they are made of, what those compute that are not
+pre-norm, with random numbers drawn in timm's order, and their fast classes.
+
+Only exact classes count, since a subclass may compute something else. Classes that the installed
+timm does not have are left out.
 
 Shape legend: B batch, N tokens, D width, H heads, d head dimension.
 """
@@ -12,13 +15,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SwiGLU
-from timm.models import beit
+from timm import layers as timm_layers
+from timm.layers import AttentionPoolLatent, DropPath, GluMlp, LayerNorm, Mlp, RmsNorm, SwiGLU
+from timm.models import beit, vision_transformer
+from timm.models import vision_transformer_relpos as relpos
+from timm.models.eva import AttentionRope, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+)
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.accelerate.timm import structure
-from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle
+from fastvit.accelerate import block as blocks
+from fastvit.accelerate.block import fast, library_class
+from fastvit.obstacles import Obstacle, head_obstacle, layer_obstacle, wanted_by, wanted_of
 from fastvit.parts import (
     Parts,
     Rope,
@@ -33,6 +47,7 @@ from fastvit.parts import (
     attend_projected,
     drop_or_none,
     drop_path_scale,
+    drop_rate,
     factor,
     halves,
     last_linear,
@@ -41,7 +56,48 @@ from fastvit.parts import (
     weights_of,
 )
 
-NOTHING = Parts(None, None, (), 0, None, None, None, None, None)
+Kinds = frozenset[type[nn.Module]]
+
+
+def _recent(module: Any, *names: str) -> Kinds:
+    """The classes of these names in `module`, as far as this version of timm has them."""
+    return frozenset(getattr(module, name) for name in names if hasattr(module, name))
+
+
+DIFF_ATTENTION = _recent(timm_layers, "DiffAttention")
+DIFF_PARALLEL = _recent(vision_transformer, "DiffParallelScalingBlock")
+RMS_NORM: Kinds = frozenset({nn.RMSNorm, RmsNorm})
+NORM: Kinds = RMS_NORM | {nn.LayerNorm, LayerNorm}
+_LAYERS: dict[str, frozenset[type]] = {
+    "NORM": NORM, "INNER_NORM": NORM, "MLP": frozenset({Mlp, GluMlp, SwiGLU}),
+    "ACTIVATION": frozenset({timm_layers.GELU, timm_layers.GELUTanh, timm_layers.QuickGELU}),
+    "DROP_PATH": frozenset({DropPath}),
+    "LAYER_SCALE": frozenset().union(  # in older timm three classes
+        *(_recent(module, "LayerScale") for module in (timm_layers, vision_transformer, relpos))
+    ),
+    "attns": frozenset({nn.ModuleList}), "ffns": frozenset({nn.ModuleList}),
+}  # fmt: skip
+_MAY_LINEAR = frozenset({nn.Linear, nn.Identity})
+_PLAIN, _EVA = DIFF_ATTENTION | {Attention}, frozenset({EvaAttention, AttentionRope})
+_REL_POS = frozenset({relpos.RelPosAttention})
+_OF: dict[type, dict[str, frozenset[type]]] = {  # by the class that has the layer
+    AttentionPoolLatent: {"q": _MAY_LINEAR, "proj": _MAY_LINEAR, "MLP": frozenset({Mlp})},
+    Block: {"attn": _PLAIN}, ResPostBlock: {"attn": _PLAIN}, nn.Sequential: {"attn": _PLAIN},
+    EvaBlock: {"attn": _EVA}, EvaBlockPostNorm: {"attn": _EVA},
+    beit.Block: {"attn": frozenset({beit.Attention})},
+    relpos.RelPosBlock: {"attn": _REL_POS}, relpos.ResPostRelPosBlock: {"attn": _REL_POS},
+}  # fmt: skip
+_WANTED = {kind: wanted_by(_LAYERS | own) for kind, own in _OF.items()}
+_WANTED_ELSEWHERE = wanted_by(_LAYERS)
+
+
+def _wanted(parent: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    if type(parent) is nn.ModuleList:
+        return wanted_of((nn.Sequential,), kind)  # of attns and ffns
+    return _WANTED.get(library_class(parent), _WANTED_ELSEWHERE)(parent, name, kind)
+
+
+_NOTHING = Parts(None, None, (), 0, None, None, None, None, None)
 
 # --------------------------------------------------------------------------- taking apart
 
@@ -52,7 +108,7 @@ def take_apart(block: Any) -> Parts | Obstacle:
 
 
 def _obstacle(block: Any) -> Obstacle | None:
-    found = layer_obstacle(block, structure.wanted)
+    found = layer_obstacle(block, _wanted)
     wide = (
         head_obstacle(_head_dim(attn)) for attn in block.modules() if hasattr(attn, "num_heads")
     )
@@ -66,7 +122,7 @@ def _head_dim(attn: Any) -> int:
 
 
 def _parts(block: Any, norms: bool = True) -> Parts:
-    found = with_mlp(with_attention(NOTHING, block.attn), block.mlp)
+    found = with_mlp(with_attention(_NOTHING, block.attn), block.mlp)
     return found._replace(
         norm1=block.norm1 if norms else None,
         norm2=block.norm2 if norms else None,
@@ -88,7 +144,7 @@ def with_attention(parts: Parts, attn: Any) -> Parts:
         q_norm=layer_or_none(inner.get("q_norm")),
         k_norm=layer_or_none(inner.get("k_norm")),
         scale=None if attn.fused_attn else attn.scale,  # then PyTorch's own
-        dropout=inner["attn_drop"].p,
+        dropout=drop_rate(inner["attn_drop"]),
         rotate_half=getattr(attn, "rotate_half", False),
         out_norm=layer_or_none(inner.get("norm")),
         out_gate=inner.get("gate"),
@@ -198,14 +254,14 @@ def _add_normed(x: Tensor, linear: Any, drop: Any, norm: Any, drop_path: Any) ->
 def take_parallel_apart(block: Any) -> Parts | Obstacle:
     """Of `Parts`, those of the attention, which is the block's own."""
     inner = block._modules
-    return _obstacle(block) or NOTHING._replace(
+    return _obstacle(block) or _NOTHING._replace(
         norm1=block.in_norm,
         attn=block.attn_drop,  # whose mode is the block's
         heads=block.num_heads,
         q_norm=layer_or_none(inner.get("q_norm")),
         k_norm=layer_or_none(inner.get("k_norm")),
         scale=None if block.fused_attn else block.scale,
-        dropout=block.attn_drop.p,
+        dropout=drop_rate(block.attn_drop),
         activation=activation_name(block.mlp_act),
         scale1=scale_of(block.ls),
         drop_path1=drop_or_none(block.drop_path),
@@ -253,8 +309,8 @@ def take_things_apart(block: Any) -> tuple[list[Parts], list[Parts]] | Obstacle:
             drop_path1=drop_path, drop_path2=drop_path,
         )  # fmt: skip
 
-    attns = [branch(with_attention(NOTHING, layers.attn), layers) for layers in block.attns]
-    return attns, [branch(with_mlp(NOTHING, layers.mlp), layers) for layers in block.ffns]
+    attns = [branch(with_attention(_NOTHING, layers.attn), layers) for layers in block.attns]
+    return attns, [branch(with_mlp(_NOTHING, layers.mlp), layers) for layers in block.ffns]
 
 
 def run_things(block: Any, found: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -279,7 +335,7 @@ def take_pool_apart(attn: Any) -> Parts | Obstacle:
     if found is not None:
         return found
     inner = attn._modules
-    parts = NOTHING if attn.mlp is None else with_mlp(NOTHING, attn.mlp)
+    parts = _NOTHING if attn.mlp is None else with_mlp(_NOTHING, attn.mlp)
     return parts._replace(
         norm2=layer_or_none(attn.norm),
         heads=attn.num_heads,
@@ -305,3 +361,115 @@ def pool(attn: Any, parts: Parts, x: Tensor, attn_mask: Tensor | None = None) ->
     if parts.fc2 is not None:
         x = add_mlp(parts, x)
     return x[:, 0] if attn.pool == "token" else x.mean(1) if attn.pool == "avg" else x
+
+
+# --------------------------------------------------------------------------- fast classes
+
+
+class _MaskedBlock(blocks.FastBlock):
+    take_apart = take_apart
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, D] to [B, N, D]; `attn_mask` as in `ops.attention`."""
+        if is_causal is not False:
+            return super().forward(x, attn_mask, is_causal)
+        parts = self.examine(x)
+        return super().forward(x, attn_mask) if parts is None else self.run(parts, x, attn_mask)
+
+
+class _RotaryBlock(blocks.FastBlock):
+    take_apart = take_apart
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """[B, N, D] to [B, N, D]; `rope` as timm gives it, `attn_mask` as in `ops.attention`."""
+        if is_causal is not False:
+            return super().forward(x, rope, attn_mask, is_causal)
+        parts = self.examine(x)
+        if parts is None:
+            return super().forward(x, rope, attn_mask)
+        return self.run(parts, x, attn_mask, _rope(rope))
+
+
+def _rope(rope: Tensor | None) -> Rope | None:
+    """Of timm's sine beside cosine, [N-P, 2*d], perhaps of each head."""
+    if rope is None:
+        return None
+    sin, cos = rope.chunk(2, dim=-1)
+    return cos, sin
+
+
+class _BiasedBlock(blocks.FastBlock):
+    take_apart = take_apart
+
+    def bias(self) -> Tensor | None:
+        return relative_bias(self.attn, None)
+
+    def _biased(self, x: Tensor, shared: Tensor | None) -> Tensor:
+        parts = self.examine(x)
+        if parts is None:
+            return super().forward(x, shared)
+        return self.run(parts, x, relative_bias(self.attn, shared))
+
+
+class _RelPosBlock(_BiasedBlock):
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """[B, N, D] to [B, N, D]; `shared_rel_pos` is added to the scores, [1, H, N, N]."""
+        return self._biased(x, shared_rel_pos)
+
+
+class _BeitBlock(_BiasedBlock):
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """[B, N, D] to [B, N, D]; `shared_rel_pos_bias` is added to the scores, [H, N, N]."""
+        return self._biased(x, shared_rel_pos_bias)
+
+
+_POST_NORM: dict[str, Any] = {
+    "take_apart": take_post_norm_apart, "run": run_post_norm,
+}  # fmt: skip
+_PARALLEL: dict[str, Any] = {
+    "take_apart": take_parallel_apart, "run": run_parallel,
+}  # fmt: skip
+_THINGS: dict[str, Any] = {"take_apart": take_things_apart, "run": run_things}
+# timm's class, whose forward it has, and what is not as in `block.FastBlock`
+_BLOCKS: list[tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = [
+    (Block, _MaskedBlock, {}),
+    (ResPostBlock, _MaskedBlock, _POST_NORM),
+    (ParallelScalingBlock, _MaskedBlock, _PARALLEL),
+    (ParallelThingsBlock, _MaskedBlock, _THINGS),
+    (EvaBlock, _RotaryBlock, {}),
+    (EvaBlockPostNorm, _RotaryBlock, _POST_NORM),
+    (relpos.RelPosBlock, _RelPosBlock, {}),
+    (relpos.ResPostRelPosBlock, _RelPosBlock, _POST_NORM),
+    (beit.Block, _BeitBlock, {}),
+    *((kind, _MaskedBlock, _PARALLEL) for kind in DIFF_PARALLEL),
+]
+
+
+@fast(AttentionPoolLatent)
+class FastAttentionPoolLatent(blocks.FastBlock, AttentionPoolLatent):
+    """timm's `AttentionPoolLatent`."""
+
+    take_apart = take_pool_apart
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] to [B, D]; `attn_mask` as in `ops.attention`."""
+        parts = self.examine(x)
+        if parts is not None:
+            return pool(self, parts, x, attn_mask)
+        timm: Any = super()
+        return timm.forward(x) if attn_mask is None else timm.forward(x, attn_mask)
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    kind: blocks.fast_class(kind, base, globals(), **members) for kind, base, members in _BLOCKS
+}
+FastBlock, BLOCKS = FAST[Block], frozenset(FAST)
+FAST |= {AttentionPoolLatent: FastAttentionPoolLatent}

@@ -53,17 +53,19 @@ class Prepared:
         boxes: of the first arguments, given as tensors; None for one that is not there.
         spare: gives what to launch in its place where Triton cannot compile the kernel, and is told
             the error; ``FASTVIT_BACKEND=triton`` raises it instead.
+        early: it may start before the launch ahead of it has ended (programmatic dependent launch):
+            its kernel waits for that with ``gdc_wait``.
     """
 
-    __slots__ = ("arguments", "boxes", "kernel", "programs", "ready", "spare", "tile")
+    __slots__ = ("arguments", "boxes", "early", "kernel", "programs", "ready", "spare", "tile")
 
     def __init__(
         self, kernel: Any, programs: int, tile: TileConfig,
         arguments: Callable[..., tuple[Any, ...]], boxes: Sequence[Box | None] = (),
-        spare: Callable[[Exception], Prepared] | None = None,
+        spare: Callable[[Exception], Prepared] | None = None, *, early: bool = False,
     ) -> None:  # fmt: skip
         self.kernel, self.programs, self.tile = kernel, programs, tile
-        self.arguments, self.boxes, self.spare = arguments, boxes, spare
+        self.arguments, self.boxes, self.spare, self.early = arguments, boxes, spare, early
         self.ready: _Ready | None = None
 
     def for_triton(self, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -153,10 +155,12 @@ def _run_first(prepared: Prepared, tensors: tuple[Tensor | None, ...]) -> None:
 
         interpreter.install_bfloat16()
     tile = prepared.tile
+    early = {"launch_pdl": True} if prepared.early else {}
     try:
         compiled = prepared.kernel[(prepared.programs,)](
-            *prepared.for_triton(*tensors), num_warps=tile.num_warps, num_stages=tile.num_stages
-        )
+            *prepared.for_triton(*tensors), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **early,
+        )  # fmt: skip
     except Exception as error:
         spare = None if _backend.current_path() == "triton" else prepared.spare
         if spare is None or not _backend.is_compile_failure(error):

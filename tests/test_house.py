@@ -59,6 +59,7 @@ FORMS = {
     "kernel_backward": "kernel", "launch_backward": "launch", "hopper_long": "hopper",
     "hopper_parts": "hopper", "hopper_rope": "hopper", "hopper_backward": "hopper",
     "hopper_backward_plan": "hopper_plan",
+    "hopper_small": "hopper", "hopper_small_launch": "launch",
 }  # fmt: skip
 
 

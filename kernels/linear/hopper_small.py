@@ -1,7 +1,7 @@
 """y = act(LN(x) W^T + b) * scale + residual of a few hundred rows on Hopper, in Gluon: one image's
 forward, where most of the time goes to launches and to waiting for the first bytes.
 
-One block of threads for each tile of 64 rows and P0 + P1 columns, a warpgroup that loads for itself.
+A block of threads for each tile of 64 rows and P0 + P1 columns; its warpgroup loads for itself.
 
 - The norm has no pass of its own. Weight and bias carry its gamma and beta, and with mean and rstd
   of a row LN(x) W^T = rstd * (x W'^T - mean * colsum), colsum the sums of W' over K. They come from

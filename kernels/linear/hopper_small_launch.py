@@ -181,11 +181,9 @@ def small_linear(
     Raises:
         ValueError: there is no variant.
     """
-    launch, choice = prepare(
-        *describe(x, weight, bias, colsum, scale, residual, coming), activation or "none", eps,
-        keep=keep, early=early,
-    )  # fmt: skip
-    n, m, device = weight.shape[0], row_count(x), x.device
+    metas = describe(x, weight, bias, colsum, scale, residual, coming)
+    launch, choice = prepare(*metas, activation or "none", eps, keep=keep, early=early)
+    n, m, device = weight.shape[0], row_count(metas[0]), x.device
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
     kept = Statistics(_room(m, device), n // choice.columns) if keep else None
     work = None
@@ -194,12 +192,12 @@ def small_linear(
     else:
         size = choice.tiles(m, n) * choice.splits * ROWS * choice.columns
         work = torch.empty(size, dtype=torch.float32, device=device)
-    of_x = (None, 1) if statistics is None else statistics
+    of_x, bands = (None, 1) if statistics is None else statistics
     of_y = None if kept is None else kept.values
-    run(
-        launch, x, weight, y, bias, colsum, scale, residual, of_x[0], of_y, work, count, coming,
-        of_x[1],
-    )  # type: ignore[arg-type]  # fmt: skip
+    tensors: list[Any] = [
+        x, weight, y, bias, colsum, scale, residual, of_x, of_y, work, count, coming, bands
+    ]  # fmt: skip
+    run(launch, *tensors)
     return y, kept
 
 
@@ -222,8 +220,9 @@ def _prepare_statistics(x: Meta) -> Prepared:
 
 def row_statistics(x: Tensor) -> Statistics:
     """Of a packed x [..., K] that no `small_linear` made."""
-    values = _room(row_count(x), x.device)
-    run(_prepare_statistics(*describe(x)), x, values)
+    (meta,) = describe(x)
+    values = _room(row_count(meta), x.device)
+    run(_prepare_statistics(meta), x, values)
     return Statistics(values, 1)
 
 

@@ -260,6 +260,10 @@ class View:
         self.see(self.buffer.data)[...] = array
         self.buffer.dirty = threading.current_thread()
 
+    def slice(self, start: int, length: int) -> View:
+        """As of shared memory."""
+        return View(self.buffer, lambda data: self.see(data)[start : start + length])
+
 
 class Product:
     """An accumulator that products in flight still change."""
@@ -417,14 +421,18 @@ class Machine:
 
 
 _machine: Any = None
+brought: set[int] = set()  # elements from which the last launch asked the L2 cache for 512 bytes
 
 
 def run(
     kernel: Callable[..., Any], args: Sequence[Any], *, warps: int, programs: int, seed: int
 ) -> None:
-    """Launch `programs` blocks, one after another."""
+    """Launch `programs` blocks, one after another in any order."""
     global _machine
-    for program in range(programs):
+    brought.clear()
+    order = list(range(programs))
+    random.Random(seed).shuffle(order)
+    for program in order:
         eager = EAGERNESS[seed % len(EAGERNESS)]
         _machine = Machine(seed * 1000 + program, program, programs, eager)
         _machine.spawn(kernel, args, warps)
@@ -615,7 +623,9 @@ def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
     return items[0] if len(shape) == 2 and layout != "barrier" else _machine.arrays[-1]
 
 
-def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Any:
+def _load(
+    pointer: Pointer, mask: Any = True, other: float = np.nan, cache_modifier: str = ""
+) -> Any:
     if pointer.array.dtype.kind == "i":
         return Scalar(pointer.array[pointer.at])
     inside = (pointer.at >= 0) & (pointer.at < len(pointer.array))
@@ -624,7 +634,7 @@ def _load(pointer: Pointer, mask: Any = True, other: float = np.nan) -> Any:
     return value(np.where(mask, pointer.array[np.where(inside, pointer.at, 0)], other))
 
 
-def _store(pointer: Pointer, given: Value, mask: Any = True) -> None:
+def _store(pointer: Pointer, given: Any, mask: Any = True) -> None:
     _machine.pause()
     at = pointer.at
     if pointer.dtype.element_ty == "int16":
@@ -634,6 +644,14 @@ def _store(pointer: Pointer, given: Value, mask: Any = True) -> None:
         raise Wrong("store past an end")
     pointer.array[at[mask]] = values[mask]
     np.add.at(pointer.writes, at[mask], 1)
+
+
+def _atomic_add(pointer: Pointer, given: int, sem: str, scope: str) -> int:
+    _machine.pause()
+    assert (sem, scope) == ("acq_rel", "gpu")
+    before = int(pointer.array[pointer.at])
+    pointer.array[pointer.at] += given
+    return before
 
 
 def _specialize(roles: Any, warps: Sequence[int], registers: Sequence[int]) -> None:
@@ -646,6 +664,11 @@ def _assembly(code: str, constraints: str, args: Any, **_: Any) -> Any:
     if "nanosleep" in code:  # a fence for the compiler
         assert int(args[0]) >= 0
         return args[0]
+    if "prefetch.L2" in code:
+        pointer, unit, units = args
+        assert code.count("$3") == 1
+        brought.update(pointer.at[np.broadcast_to(unit < units, pointer.at.shape)].tolist())
+        return value(np.zeros(unit.shape))
     for name, function in (("ex2", np.exp2), ("lg2", np.log2)):
         if code.startswith(f"{name}.approx"):
             return value(function(args[0]))
@@ -741,6 +764,9 @@ GL = SimpleNamespace(
     full=lambda shape, fill, dtype, layout: value(np.full(shape, fill)),
     store=_store,
     barrier=_meet,
+    rsqrt=lambda x: value(1 / np.sqrt(x)),
+    atomic_add=_atomic_add,
+    BlockedLayout=lambda *a: None,
     DistributedLinearLayout=lambda *a: None,
     BlockedLayout=lambda *a: None,
     SwizzledSharedLayout=lambda *a: None,

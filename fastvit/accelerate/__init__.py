@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fastvit import _seen
-from fastvit.accelerate import fp8
+from fastvit.accelerate import fp8, latency
 from fastvit.accelerate.block import original_of
 from fastvit.accelerate.calibration import Calibration, calibrate, observe, quantizable
 from fastvit.accelerate.find import find_parts
@@ -111,9 +111,12 @@ def accelerate(
     if all(part.fast is None for part in parts):
         reason = plan.note or "no module in it has a fused form"
         warnings.warn(f"fastvit.accelerate changed nothing: {reason}", RuntimeWarning, stacklevel=2)
+    own: dict[nn.Module, fp8.Form] = {**quantized}
+    if cuda_graphs and precision == "keep":
+        own |= latency.forms([part.module for part in parts if part.quantized is not None])
     for part in parts:
         kind = part.graphed if cuda_graphs and part.graphed is not None else part.fast
-        kind = part.quantized if part.module in quantized else kind
+        kind = part.quantized if part.module in own else kind
         if kind is not None:
             part.module.__class__ = kind
         if part.row is None:
@@ -124,7 +127,7 @@ def accelerate(
                 setattr(part.module, GRAPHS, Graphs())
     for module in model.modules():
         fp8.detach(module)
-    fp8.attach(model, quantized)
+    fp8.attach(model, own)
     return model
 
 

@@ -27,7 +27,7 @@ from fastvit.kernels.linear_fp8.op import (
 from fastvit.kernels.linear_fp8.reference import E4M3_MAX
 from fastvit.parts import Parts, Rope, Weights, apply_norm, factor, weights_of
 
-QUANTIZED = "fastvit_quantized"  # attribute of a block that was given a `Quantized`
+QUANTIZED = "fastvit_quantized"  # attribute of a block that was given a `Form`
 # inputs of a block's linears, by the names that timm has for those
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -37,12 +37,17 @@ _own_capture: ContextVar[bool] = ContextVar("own_capture", default=False)
 @contextlib.contextmanager
 def own_capture() -> Iterator[None]:
     """A with-block around the capture of a CUDA graph by its `Graphs`, which refreshes derived
-    weights before each replay: blocks may use e4m3 weights here, as in no other capture."""
+    weights before each replay: blocks may use theirs here, as in no other capture."""
     token = _own_capture.set(True)
     try:
         yield
     finally:
         _own_capture.reset(token)
+
+
+def in_own_capture() -> bool:
+    """Whether this is within `own_capture`."""
+    return _own_capture.get()
 
 
 def _capturing(x: Tensor) -> bool:
@@ -75,29 +80,15 @@ def can_quantize(parts: Parts) -> bool:
     return plain and all(isinstance(norm, nn.LayerNorm) for norm in norms)
 
 
-# --------------------------------------------------------------------------- e4m3
+class Form:
+    """Another form of one block, for inference, with weights of its own; `run` is a subclass's.
+    Copies and pickles keep no derived weights."""
 
-
-class Quantized:
-    """The e4m3 form of one block, for inference: weights of all its linears with a scale for each
-    row, activations with one calibrated scale; quantised by the norm, the attention or the
-    activation before, after a gate or an RMS norm by a small kernel. The residual stream keeps a
-    half dtype: that of the block's input, bfloat16 for wider ones. Copies and pickles keep no
-    derived weights.
-
-    Args:
-        scales: of the inputs of `LINEARS`.
-    """
-
-    def __init__(self, scales: dict[str, float]) -> None:
-        self.scales = scales
+    def __init__(self) -> None:
         self.derived: dict[str, Derived] = {}
 
-    def __reduce__(self) -> tuple[type[Quantized], tuple[dict[str, float]]]:
-        return Quantized, (self.scales,)
-
     def applies(self, block: nn.Module, parts: Parts, x: Tensor) -> bool:
-        """Whether a block may run in e4m3 for `x` now."""
+        """Whether a block may run so for `x` now."""
         return may_derive(x) and self.fits(block, parts, x)
 
     def fits(self, block: nn.Module, parts: Parts, x: Tensor) -> bool:
@@ -116,6 +107,35 @@ class Quantized:
             and all(_has_versions(layer._parameters.values()) for layer in layers)
             and _has_versions((factor(parts.scale1), factor(parts.scale2)))
         )
+
+    def refresh(self) -> bool:
+        """Whether a weight had new values; what is derived of it then has too."""
+        return any([derived.refresh() for derived in self.derived.values()])
+
+    def tensors(self) -> list[Sources | None]:
+        """All that is derived now."""
+        return [derived.tensors for derived in self.derived.values()]
+
+
+# --------------------------------------------------------------------------- e4m3
+
+
+class Quantized(Form):
+    """The e4m3 form: weights of all its linears with a scale for each row, activations with one
+    calibrated scale; quantised by the norm, the attention or the activation before, after a gate or
+    an RMS norm by a small kernel. The residual stream keeps a half dtype: that of the block's
+    input, bfloat16 for wider ones.
+
+    Args:
+        scales: of the inputs of `LINEARS`.
+    """
+
+    def __init__(self, scales: dict[str, float]) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def __reduce__(self) -> tuple[type[Quantized], tuple[dict[str, float]]]:
+        return Quantized, (self.scales,)
 
     def run(
         self, parts: Parts, x: Tensor, mask: Tensor | None = None, rope: Rope | None = None
@@ -185,14 +205,6 @@ class Quantized:
         assert weight is not None
         assert factor is not None
         return fp8_linear(x, weight, factor, bias, **options)
-
-    def refresh(self) -> bool:
-        """Whether a weight had new values; what is derived of it then has too."""
-        return any([derived.refresh() for derived in self.derived.values()])
-
-    def tensors(self) -> list[Sources | None]:
-        """All that is derived now."""
-        return [derived.tensors for derived in self.derived.values()]
 
 
 def _normed(norm: Any, x: Tensor, out_scale: float) -> Tensor:
@@ -294,13 +306,14 @@ def _parts_to_run(block: Any, x: Tensor) -> Parts | None:
     return parts if parts is not None and own.fits(block, parts, x) else None
 
 
-def attach(model: nn.Module, quantized: dict[nn.Module, Quantized]) -> None:
-    """Give each block its `Quantized`, and the containers of such blocks their loop."""
-    for block, own in quantized.items():
+def attach(model: nn.Module, forms: dict[nn.Module, Form]) -> None:
+    """Give each block its form, and the containers of those in e4m3 their loop."""
+    for block, own in forms.items():
         setattr(block, QUANTIZED, own)
+    quantized = {block for block, own in forms.items() if isinstance(own, Quantized)}
     for module in model.modules():
         children = list(module.children())
-        if type(module) is nn.Sequential and children and all(c in quantized for c in children):
+        if type(module) is nn.Sequential and children and quantized.issuperset(children):
             module.__class__ = QuantizedSequential  # pyright: ignore
 
 

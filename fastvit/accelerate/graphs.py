@@ -28,6 +28,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastvit.accelerate import latency
 from fastvit.accelerate.fp8 import QUANTIZED, own_capture
 from fastvit.kernels import _backend
 
@@ -224,6 +225,26 @@ class Graphs:
             return y
 
     def _capture(self, forward: Forward, x: Tensor) -> Replay | None:
+        """A graph, perhaps without the blocks' form for few tokens; None where there is none."""
+        before = latency.runs
+        try:
+            return self._capture_once(forward, x)
+        except CaptureError as error:
+            problem = error
+        if latency.runs > before:
+            with latency.left_out(), contextlib.suppress(CaptureError):
+                replay = self._capture_once(forward, x)
+                latency.refuse(problem)
+                return replay
+        words = " ".join(str(problem).split())[:300]
+        warnings.warn(
+            f"fastvit: no CUDA graph for an input of {list(x.shape)}, which runs without: {words}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+    def _capture_once(self, forward: Forward, x: Tensor) -> Replay:
         self._recorder = self._recorder or Recorder(x.device)
         device = x.device.type
         try:
@@ -241,16 +262,9 @@ class Graphs:
                 ),
             ):
                 return self._recorder.capture(forward, x)
-        except CaptureError as error:
+        except CaptureError:
             self._recorder = None  # its pool may still be marked as recording
-            problem = " ".join(str(error).split())[:300]
-            warnings.warn(
-                f"fastvit: no CUDA graph for an input of {list(x.shape)}, which runs without: "
-                f"{problem}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
+            raise
 
 
 def _key(x: Tensor) -> tuple[object, ...]:

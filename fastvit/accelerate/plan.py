@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastvit.accelerate.fp8 import QUANTIZED
+from fastvit.accelerate import latency
+from fastvit.accelerate.fp8 import QUANTIZED, Quantized
 from fastvit.accelerate.graphs import GRAPHS
 from fastvit.kernels import _backend
 from fastvit.kernels._hopper import hopper_problem
@@ -146,7 +147,7 @@ def check_module(model: object) -> None:
 def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
     """The plan of `parts`, which `find_parts` gave for `model`."""
     rows = tuple(_row(part.row, part.module) for part in parts if part.row)
-    quantized = any(QUANTIZED in part.module.__dict__ for part in parts)
+    quantized = any(_is_quantized(part.module) for part in parts)
     fast = [part for part in parts if part.fast is not None]
     note = None
     if not parts:
@@ -163,8 +164,12 @@ def make_plan(model: nn.Module, parts: list[Part]) -> Plan:
     )
 
 
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get(QUANTIZED), Quantized)
+
+
 def _row(row: PlanRow, module: nn.Module) -> PlanRow:
-    return replace(row, runs=_RUNS_FP8) if row.fused and QUANTIZED in module.__dict__ else row
+    return replace(row, runs=_RUNS_FP8) if row.fused and _is_quantized(module) else row
 
 
 def graphs_obstacle(model: nn.Module) -> str | None:
@@ -179,7 +184,9 @@ def _graphs(model: nn.Module) -> str | None:
     obstacle = graphs_obstacle(model)
     if obstacle is not None:
         return f"none, {obstacle}"
-    return "of every forward in eval mode without gradients, hooks or a mask"
+    words = "of every forward in eval mode without gradients, hooks or a mask"
+    few = any(isinstance(m.__dict__.get(QUANTIZED), latency.Folded) for m in model.modules())
+    return f"{words}; {latency.in_words(next(model.parameters()).device)}" if few else words
 
 
 def gpu_obstacle(model: nn.Module) -> str | None:

@@ -246,7 +246,8 @@ def _takes(parts: Parts, x: Tensor) -> bool:
 
 
 def forms(blocks: Sequence[nn.Module]) -> dict[nn.Module, Folded]:
-    """Of the blocks of a model in their order."""
+    """Of the blocks of a model in their order; a ValueError as `mode`'s."""
+    mode()
     found = {block: Folded() for block in blocks}
     for one, after in itertools.pairwise(found.values()):
         one.after = after

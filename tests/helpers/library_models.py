@@ -55,14 +55,14 @@ def _random(model: nn.Module, size: int) -> Case:
     return Case(model, torch.randn(2, 3, size, size))
 
 
-def _torchvision() -> Case:
+def _torchvision(width: int = 32) -> Case:
     reseed()
-    return _random(TorchvisionViT(32, 8, 2, 2, 32, 128, num_classes=5), 32)
+    return _random(TorchvisionViT(32, 8, 2, 2, width, 128, num_classes=5), 32)
 
 
-def _open_clip() -> Case:
+def _open_clip(width: int = 32) -> Case:
     reseed()
-    return _random(OpenClipTower(32, 8, 32, 2, 2, 4.0, ls_init_value=0.5, output_dim=16), 32)
+    return _random(OpenClipTower(32, 8, width, 2, 2, 4.0, ls_init_value=0.5, output_dim=16), 32)
 
 
 def _dino(**options: Any) -> Case:
@@ -116,4 +116,19 @@ OTHERS: dict[str, Callable[[], Case]] = {
     "transformers, sam": lambda: _transformers("SamVision"),
     "transformers, vitdet": lambda: _transformers("VitDet"),
     "transformers, hiera": lambda: _transformers("Hiera"),
+}
+# wide enough for matrix instructions, in every form that pre-norm blocks have
+_WIDE: dict[str, Any] = {"embed_dim": 128, "num_heads": 2}
+_HF: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+WIDE: dict[str, Callable[[], Case]] = {
+    "timm": lambda: _timm("vit_tiny_patch16_224", **_WIDE, init_values=0.5),
+    "timm, beit": lambda: _timm("beit_base_patch16_224", **_WIDE),
+    "timm, eva": lambda: _timm("eva02_tiny_patch14_224", **_WIDE, mlp_ratio=2.0),
+    "torchvision": lambda: _torchvision(128),
+    "open_clip": lambda: _open_clip(128),
+    "transformers, vit": lambda: _transformers("ViT", **_HF),
+    "transformers, gated": lambda: _transformers("DINOv3ViT gated", **_HF),
+    "dino": lambda: _dino(dim=128),
+    "dinov2": lambda: _dinov2(dim=128),
+    "dinov2, gated": lambda: _dinov2(dim=128, swiglu=True),
 }

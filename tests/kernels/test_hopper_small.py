@@ -3,7 +3,6 @@ tiles, its numerics."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gluon_sim as sim
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import seeds
 import torch
+from small_sim import load
 from torch.nn import functional as F
 
 from fastvit.kernels.linear import hopper_small_launch as small
@@ -19,11 +19,6 @@ from fastvit.kernels.linear.launch import exact_activation
 from fastvit.kernels.linear.reference import finish_reference
 from fastvit.numerics import measure
 
-ROOT = Path(__file__).parent.parent / "kernels"
-FILES = (
-    ROOT / "_activations.py", ROOT / "_hopper_e4m3.py", ROOT / "linear" / "hopper.py",
-    ROOT / "attention" / "hopper_parts.py", ROOT / "linear" / "hopper_small.py",
-)  # fmt: skip
 EPS = 1e-6
 
 
@@ -166,10 +161,6 @@ def simulate(space: dict[str, Any], v: Variant, form: Form, m: int, seed: int) -
 @pytest.fixture(scope="module")
 def space() -> dict[str, Any]:
     return load()
-
-
-def load(*edits: tuple[str, str]) -> dict[str, Any]:
-    return sim.load(*FILES, edits=edits, gdc_launch_dependents=lambda: None)
 
 
 @pytest.mark.parametrize("m", [1, 64, 130, 197])

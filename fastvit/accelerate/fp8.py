@@ -7,7 +7,7 @@ Shape legend: B batch, N tokens, D width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -306,7 +306,7 @@ def _parts_to_run(block: Any, x: Tensor) -> Parts | None:
     return parts if parts is not None and own.fits(block, parts, x) else None
 
 
-def attach(model: nn.Module, forms: dict[nn.Module, Form]) -> None:
+def attach(model: nn.Module, forms: Mapping[nn.Module, Form]) -> None:
     """Give each block its form, and the containers of those in e4m3 their loop."""
     for block, own in forms.items():
         setattr(block, QUANTIZED, own)

@@ -31,6 +31,7 @@ from fastvit.kernels import _backend
 from fastvit.kernels._backend import uses_triton
 from fastvit.kernels._device import multiprocessors
 from fastvit.kernels._hopper import hopper_problem
+from fastvit.kernels.attention.hopper_small_launch import early_attention_qkv
 from fastvit.kernels.linear.hopper_small_launch import (
     HALF,
     MOST_ROWS,
@@ -140,7 +141,7 @@ class Folded(Form):
         first, last = self._weight("fc1"), weights_of(parts.fc2)[0]
 
         h = self._behind("qkv", parts.norm1, _qkv(parts), x, statistics, first, common)
-        out = whole.attend_projected(parts, _split(parts, h), mask, rope).contiguous()
+        out = _attend(parts, h, mask, rope, early=early)
         x, statistics = small_linear(
             out, *weights_of(parts.out), scale=factor(parts.scale1), residual=x, coming=last,
             keep=True, **common,
@@ -216,10 +217,18 @@ def _fc1(parts: Parts) -> list[Weights]:
     return [weights_of(layer) for layer in layers]
 
 
-def _split(parts: Parts, qkv: Tensor) -> Sequence[Tensor]:
-    """[B, N, 3*H*d] as it is; queries, keys and values where those have fewer heads."""
+def _attend(
+    parts: Parts, qkv: Tensor, mask: Tensor | None, rope: Rope | None, *, early: bool
+) -> Tensor:
+    """[B, N, outputs of all of queries, keys and values] to a packed [B, N, H*d]."""
     sizes = [len(weight) for weight, _ in _qkv(parts)]
-    return [qkv] if len({*sizes}) == 1 else qkv.split(sizes, dim=-1)
+    if len({*sizes}) > 1:  # fewer heads of keys and values
+        return whole.attend_split(parts, qkv.split(sizes, dim=-1), mask, rope).contiguous()
+    plain = all(given is None for given in (mask, rope, parts.q_norm, parts.k_norm))
+    out = early_attention_qkv(qkv, parts.heads, parts.scale) if early and plain else None
+    if out is None:
+        return whole.attend_packed(parts, qkv, mask, rope).contiguous()
+    return whole.apply_norm(parts.out_norm, out)
 
 
 def _takes(parts: Parts, x: Tensor) -> bool:

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastvit.kernels.attention.hopper_parts import (
     as_operand,
@@ -227,6 +228,7 @@ def attention_head_kernel(
     P2: gl.constexpr,
     BLOCKS: gl.constexpr,  # of queries per item
     SPLIT: gl.constexpr,  # items per head
+    EARLY: gl.constexpr,  # launched before the launch ahead has ended
 ):
     """An item is BLOCKS blocks of queries of one head. Loads are issued by all of the program, so
     a buffer is free for the next one once all warps passed the barrier that follows the product
@@ -270,6 +272,9 @@ def attention_head_kernel(
     head = gl.program_id(0) // SPLIT
     mbarrier.expect(k_bar, BYTES)
     mbarrier.expect(v_bar, BYTES)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     _load_queries(q, q_bufs, q_bars, gl.to_tensor(0), programs, items, H, BLOCKS, SPLIT)
     _load_parts(
         k0, k1, k2, k0_buf, k1_buf, k2_buf, k_bar,

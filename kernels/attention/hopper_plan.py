@@ -287,9 +287,14 @@ def _room(m: int, d: int, block: int, *, stays: bool) -> tuple[int, int, int] | 
 
 
 def prepare_hopper(
-    choice: Variant, problem: Problem, k: Meta | None, mask: Meta | None, *, keep: bool
-) -> Prepared:
-    """`run` is given the tensors of `launch.py`, the output [B, N, H, d] and the statistics."""
+    choice: Variant, problem: Problem, k: Meta | None, mask: Meta | None, *, keep: bool,
+    early: bool = False,
+) -> Prepared:  # fmt: skip
+    """`run` is given the tensors of `launch.py`, the output [B, N, H, d] and the statistics.
+
+    Args:
+        early: as of `Prepared`, for the kernel for few heads.
+    """
     batch, h, n, m, d = problem.sizes
     d0, d1 = channel_parts(d)
     scale, keys = problem.options.scale * LOG2E, None if n == m else m
@@ -307,7 +312,7 @@ def prepare_hopper(
         )  # fmt: skip
         if choice.name == "head":
             kernel, programs = attention_head_kernel, choice.items
-            constants = choice.blocks, choice.items // (batch * h)
+            constants = choice.blocks, choice.items // (batch * h), early
 
         def arguments(
             q: Any, k: Any, v: Any, mask: Any, cos: Any, sin: Any, cu: Any, out: Tensor, kept: Any
@@ -343,7 +348,7 @@ def prepare_hopper(
             )  # fmt: skip
 
     tile = TileConfig(ROWS, choice.parts[0], 0, 4, choice.stages, choice.name)
-    return Prepared(kernel, programs, tile, arguments, boxes)
+    return Prepared(kernel, programs, tile, arguments, boxes, early=early)
 
 
 def prepare_turn(problem: Problem) -> Callable[..., tuple[Any, ...]]:

@@ -185,6 +185,9 @@ FAULTS = {
     "slot of this step filled": (
         RING, "bare", "free = gl.where(slot == 0, STAGES - 1, slot - 1)", "free = slot",
     ),
+    "slot filled before all warps have read it": (
+        RING, "bare", "            barrier()  # in all warps: its slot is free\n", "",
+    ),
     "a step too many": (
         RING, "bare", "(step - 1 + STAGES < STEPS)", "(step - 1 + STAGES <= STEPS)",
     ),

@@ -9,7 +9,9 @@ The order, and why:
    models beside timm's, and proofs of Hopper's kernels for the ledger. These time nothing and spend
    most of their time in Triton's compiler, so they share the GPU, a process each.
 3. ``models``: ViT-B/16 at batch 256 and at batch 1, the two figures the project is judged by,
-   beside the peers that are ready in seconds. ``ops``: where the models' time goes, op by op, at
+   beside the peers that are ready in seconds. ``latency``: the kernels that CUDA graphs capture for
+   few tokens, which no GPU had run when they were written: their numerics, then batch 1 to 8 with
+   and without them, and without programmatic dependent launch. ``ops``: where the models' time goes, op by op, at
    ViT-B's shapes.
 4. ``tune``: other tiles than the tables', for two minutes; what wins is in the record.
 5. ``first_call``, ``training``, ``models_more``: what a newcomer waits for, with empty compiler
@@ -19,7 +21,7 @@ The order, and why:
 Each step is a process of its own, killed when it takes too long, and consists of items. This
 process alone writes: after every item the record that the step belongs to, `RECORDS` files under
 ``--out``, beside them ``gpu.log`` and the ledger's proofs, ``proven_<op>.json`` in the form of
-`kernels/<op>/proven/`: eight files. Running the command again goes on where it stopped: items that
+`kernels/<op>/proven/`: nine files. Running the command again goes on where it stopped: items that
 have a result are not run again (delete the record to do so), those that failed are tried once more.
 
 Needs torch, triton and timm; transformers and torchvision are timed where they are installed. An
@@ -56,6 +58,7 @@ from gpu_steps import (
     environment_items,
     first_call_items,
     gpu_state,
+    latency_items,
     load,
     measured_roof,
     model_items,
@@ -133,6 +136,7 @@ STEPS = (
     _numerics("fp8_linear", "fp8_layer_norm", "fp8_attention", "fp8_quantize"),
     _correct("proofs", proof_items),
     _models("models", ("model", B16, 256, "few"), ("model", B16, 1, "few")),
+    Step("latency", latency_items, "latency", limit=150, stall=60, strict=True),
     Step("ops", op_items, "ops", limit=420),
     Step("tune", tune_items, "tune", limit=200, stall=120),
     Step("first_call", first_call_items, "models", limit=120, fresh=True),
@@ -390,6 +394,10 @@ def speed(result: dict[str, Any]) -> str | None:
         return f"roof {rates[0]:.4g} TFLOP/s, {rates[1]:.3g} TB/s"
     if "first_call_s" in result:
         return f"{result['item']:42} first call {result['first_call_s']:.2f} s"
+    if "modes" in result:
+        times = result["times"]["gpu"].items()
+        words = ", ".join(f"{mode} {time['median'] * 1e6:.0f}" for mode, time in times)
+        return f"{result['item']:42} us on the GPU: {words}"
     if "tuned" in result:
         gains = [tuned["gain"] for tuned in result["tuned"] if tuned.get("gain")]
         best = f", at best {max(gains):.2f}x" if gains else ""

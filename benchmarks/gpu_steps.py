@@ -6,17 +6,20 @@ An item measures one thing and returns it, ready for JSON. All run inside a step
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 Item = Callable[[], dict[str, Any]]
@@ -109,6 +112,92 @@ def entry(report: Any) -> dict[str, Any]:
         {**dataclasses.asdict(row), "ratio": row.ratio, "passed": row.passed} for row in report.rows
     ]
     return {**dataclasses.asdict(report), "rows": rows, "passed": report.passed}
+
+
+def latency_items(settings: Settings) -> dict[str, Item]:
+    """The kernels that CUDA graphs capture for few tokens, which no GPU has proven: each by itself,
+    then whole models with and without them, and without programmatic dependent launch."""
+    import torch
+
+    from fastvit import numerics
+    from fastvit.check import few_tokens
+    from fastvit.kernels._spec import Case, OpSpec
+
+    def check(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+        report = numerics.compare_case(
+            spec, case, dtype, device=settings.device, seed=settings.seed
+        )
+        inputs = spec.inputs(case, dtype, settings.device, settings.seed)
+        first = spec.op(**inputs)
+        same = all(torch.equal(first, spec.op(**inputs)) for _ in range(20))
+        named = {"op": spec.name, "case": case.name, "dtype": str(dtype)}
+        return {**named, "same_bits": same, **entry(report)}
+
+    name, specs, batches = "vit_base_patch16_224", [*few_tokens.SPECS.values()], (1, 2, 4, 8)
+    if settings.dry_run:
+        shrink_models()
+        name, specs, batches = "test_vit", [], (1,)
+    checks = [
+        (f"{spec.name}, {case.name}, {dtype}", functools.partial(check, spec, case, dtype))
+        for cases in ("bench_cases", "cases")
+        for spec in specs
+        for dtype in spec.dtypes
+        for case in getattr(spec, cases)
+    ]
+    first = sum(len(spec.bench_cases) * len(spec.dtypes) for spec in specs)
+    races = [
+        (f"{name}, batch {batch}", functools.partial(race_of_few_tokens, name, batch, settings))
+        for batch in batches
+    ]
+    return dict([*checks[:first], *races, *checks[first:]])
+
+
+def race_of_few_tokens(name: str, batch: int, settings: Settings) -> dict[str, Any]:
+    """Errors of a model's logits in each mode of ``FASTVIT_LATENCY``, and microseconds of those
+    whose errors pass: what a caller waits, and the GPU's own with its cache overwritten."""
+    import torch
+
+    from fastvit import accelerate, numerics
+    from fastvit.accelerate import latency
+    from fastvit.bench import timing
+
+    options = common_options(settings, budget_s=3.0)
+    device, dtype = options["device"], options["dtype"]
+    model = timm_model(name)
+    numerics.randomise(model, settings.seed)
+    model = model.to(device, dtype).eval()
+    images = torch.randn(batch, *model.default_cfg["input_size"]).to(device, dtype)
+    modes: dict[str, Any] = {}
+    works: dict[str, Callable[[], Any]] = {}
+    with torch.inference_mode():
+        truth, eager = copy.deepcopy(model).double()(images.double()), model(images)
+        for mode in latency.MODES:
+            fast = accelerate(copy.deepcopy(model), cuda_graphs=True)
+            before = latency.runs
+            with mock.patch.dict(os.environ, FASTVIT_LATENCY=mode):
+                logits = fast(images)
+            row = numerics.measure("logits", logits, truth, eager)
+            same = all(torch.equal(logits, fast(images)) for _ in range(20))
+            modes[mode] = {
+                **dataclasses.asdict(row), "ratio": row.ratio, "passed": row.passed,
+                "same_bits": same, "blocks": latency.runs - before,
+                "problem": latency.problem(device),
+            }  # fmt: skip
+            if row.passed and same:
+                works[mode] = functools.partial(fast, images)
+        limits: dict[str, Any] = {"budget_s": options["budget_s"], "min_rounds": 5}
+        times = {
+            kind: timing.interleaved(works, device=device, cold=kind == "gpu", **limits)
+            for kind in ("caller", "gpu")
+        }
+    return {
+        "model": name, "batch": batch, "modes": modes,
+        "passed": all(found["passed"] and found["same_bits"] for found in modes.values()),
+        "times": {
+            kind: {mode: dataclasses.asdict(time) for mode, time in found.items()}
+            for kind, found in times.items()
+        },
+    }  # fmt: skip
 
 
 def parity_items(settings: Settings) -> dict[str, Item]:

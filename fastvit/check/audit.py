@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.check import few_tokens
 from fastvit.check.launches import recorded
 from fastvit.kernels import _device
 from fastvit.kernels._launch import Prepared
@@ -193,20 +194,23 @@ def audit(jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Audited] | Exception]
 
 def _audit_job(op: str, arch: str) -> list[Audited]:
     torch.set_num_threads(1)
-    return list(audit_op(all_specs()[op], arch))
+    return list(audit_op(specs_with_kernels()[op], arch))
 
 
 def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dtype, Launch]]:
     """What `audit_op` compiles, each with the case that it came from first.
 
     float16 differs from bfloat16 in its opcodes' suffix only, so it gets the shapes of real models,
-    and no gradients. An architecture without e4m3 compiles nothing of an op that needs it.
+    and no gradients. An architecture without e4m3 compiles nothing of an op that needs it, and none
+    but sm90 anything of Hopper's alone.
     """
     seen = {
         launch.key()
         for name in _MADE_OF.get(spec.name, ())
         for _, _, launch in distinct_launches(all_specs()[name], arch)
     }
+    if spec.name in few_tokens.SPECS and arch != "sm90":
+        return
     with _device.emulate(arch):
         if spec.fp8 and _device.fp8_problem(torch.device("cpu")):
             return
@@ -225,11 +229,12 @@ def distinct_launches(spec: OpSpec, arch: str) -> Iterator[tuple[Case, torch.dty
 def specs_with_kernels() -> dict[str, OpSpec]:
     """The ops that have a kernel of their own, or forms of others' kernels, by name."""
     folder = Path(_device.__file__).parent
-    return {
+    own = {
         name: spec
         for name, spec in all_specs().items()
         if name in _MADE_OF or (folder / spec.op.__module__.split(".")[2] / "kernel.py").exists()
     }
+    return own | few_tokens.SPECS
 
 
 def record_launches(

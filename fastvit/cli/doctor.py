@@ -34,7 +34,11 @@ def diagnosis() -> dict[str, Any]:
     return {
         "environment": facts,
         "paths": paths,
-        "hopper": {"problem": hopper_obstacle(), "ledger": ledger.state()},
+        "hopper": {
+            "problem": hopper_obstacle(),
+            "ledger": ledger.state(),
+            "few_tokens": few_tokens(),
+        },
         "tuning_tables": tuning_tables(facts["gpu_arch"]),
         "tuning_cache": tuning_cache(),
     }
@@ -67,6 +71,18 @@ def hopper_obstacle() -> str | None:
     from fastvit.kernels._hopper import hopper_problem
 
     return gpu_problem() or hopper_problem(torch.device("cuda", torch.cuda.current_device()))
+
+
+def few_tokens() -> str:
+    """What ``accelerate(cuda_graphs=True)`` captures on this machine for few tokens."""
+    import torch
+
+    from fastvit.accelerate import latency
+
+    problem = hopper_obstacle()
+    if problem is not None:
+        return f"no kernels for few tokens: {problem}"
+    return latency.in_words(torch.device("cuda", torch.cuda.current_device()))
 
 
 def tuning_tables(arch: str | None) -> list[dict[str, Any]]:
@@ -105,6 +121,7 @@ def _print(facts: dict[str, Any]) -> None:
     used = "used where a tuning table names them" if problem is None else f"not used: {problem}"
     table.add_row("Hopper's own kernels", used)
     table.add_row("their ledger", facts["hopper"]["ledger"])
+    table.add_row("in CUDA graphs", facts["hopper"]["few_tokens"])
     table.add_section()
     for name, value in environment.items():
         if name != "date":

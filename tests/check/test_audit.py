@@ -11,6 +11,7 @@ from pathlib import Path
 import fresh
 import pytest
 
+from fastvit.check import few_tokens
 from fastvit.check.audit import (
     Compiled,
     buffer_depths,
@@ -44,7 +45,8 @@ SLOW = [
 @pytest.mark.parametrize("name", specs_with_kernels())
 def test_every_kernel_compiles_well(name, arch, sizes):
     rows = json.loads(fresh.python("-c", AUDIT, name, arch, sizes))
-    assert bool(rows) != (specs_with_kernels()[name].fp8 and arch in ("sm80", "gfx942"))
+    without_e4m3 = specs_with_kernels()[name].fp8 and arch in ("sm80", "gfx942")
+    assert bool(rows) != (without_e4m3 or (name in few_tokens.SPECS and arch != "sm90"))
     assert not [row for row in rows if row[2]]
     # at the sizes of real models no tile is loaded by less than 4 bytes (patch 14's), most by 16; a
     # vector with a value for each thread (a bias) is one narrow load, a tile would be many

@@ -222,13 +222,13 @@ def _attend(
 ) -> Tensor:
     """[B, N, outputs of all of queries, keys and values] to a packed [B, N, H*d]."""
     sizes = [len(weight) for weight, _ in _qkv(parts)]
-    if len({*sizes}) > 1:  # fewer heads of keys and values
-        return whole.attend_projected(parts, qkv.split(sizes, dim=-1), mask, rope).contiguous()
-    plain = all(given is None for given in (mask, rope, parts.q_norm, parts.k_norm))
-    out = early_attention_qkv(qkv, parts.heads, parts.scale) if early and plain else None
-    if out is None:
-        return whole.attend_projected(parts, (qkv,), mask, rope).contiguous()
-    return whole.apply_norm(parts.out_norm, out)
+    one = len({*sizes}) == 1  # else keys and values have fewer heads
+    if early and one and {mask, rope, parts.q_norm, parts.k_norm} == {None}:
+        out = early_attention_qkv(qkv, parts.heads, parts.scale)
+        if out is not None:
+            return whole.apply_norm(parts.out_norm, out)
+    projected = [qkv] if one else qkv.split(sizes, dim=-1)
+    return whole.attend_projected(parts, projected, mask, rope).contiguous()
 
 
 def _takes(parts: Parts, x: Tensor) -> bool:
@@ -237,6 +237,8 @@ def _takes(parts: Parts, x: Tensor) -> bool:
     if not (
         x.dtype in HALF
         and x.dim() == 3
+        and isinstance(parts.norm1, nn.LayerNorm)
+        and isinstance(parts.norm2, nn.LayerNorm)
         and not torch.is_autocast_enabled(x.device.type)
         and all(tensor.is_contiguous() and not tensor.data_ptr() & 15 for tensor in read)
     ):

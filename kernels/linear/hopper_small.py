@@ -37,7 +37,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastvit.kernels._activations import activate
 from fastvit.kernels.attention.hopper_parts import barrier
-from fastvit.kernels.linear.hopper import _advance, _gelu_polynomial
+from fastvit.kernels.linear.hopper_parts import advance, normal_cdf
 
 ROWS = gl.constexpr(64)  # of a tile
 BANDS = gl.constexpr(32)  # room for the bands of a row's statistics
@@ -156,7 +156,7 @@ def hopper_small_linear_kernel(
             next_chunk = chunk + (step - 1 + STAGES) * CHUNKS
             _load_weights(weight0, weight1, w0_bufs, w1_bufs, full, next_chunk, col, free, more)
             _load_x(x, x_bufs, full, next_chunk, row, free, more)
-        slot, phase = _advance(slot, phase, STAGES)
+        slot, phase = advance(slot, phase, STAGES)
     if P1 > 0:
         acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
     else:
@@ -327,7 +327,7 @@ def _finish(
         value = (value - mean[:, None] * colsum[None, :]) * rstd[:, None]
     value += bias[None, :]
     if ACTIVATION == "gelu_polynomial":
-        value = _gelu_polynomial(value)
+        value *= normal_cdf(value, value * value)
     else:
         value = activate(value, ACTIVATION)
     if HAS_SCALE:

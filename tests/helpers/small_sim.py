@@ -21,7 +21,7 @@ from fastvit.kernels.linear import hopper_small_launch
 
 ROOT = Path(__file__).parents[2] / "kernels"
 FILES = (
-    ROOT / "_activations.py", ROOT / "_hopper_e4m3.py", ROOT / "linear" / "hopper.py",
+    ROOT / "_activations.py", ROOT / "linear" / "hopper_parts.py",
     ROOT / "attention" / "hopper_parts.py", ROOT / "linear" / "hopper_small.py",
 )  # fmt: skip
 ATTENTION = (ROOT / "attention" / "hopper_parts.py", ROOT / "attention" / "hopper.py")

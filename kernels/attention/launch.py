@@ -68,11 +68,7 @@ class Problem(NamedTuple):
     options: Options
     precision: str
     copies: bool  # the tables or cu_seqlens are to be copied first
-
-    @property
-    def inverse(self) -> float | None:
-        """What multiplies an output in e4m3."""
-        return None if self.options.out_scale is None else 1.0 / self.options.out_scale
+    inverse: float | None  # of `out_scale`
 
     def by_head(self, x: Meta) -> Strides:
         """Of [B, N, H, d] or [..., N, H*d], or the first third of [..., N, 3*H*d]."""
@@ -182,6 +178,7 @@ def problem_of(tensors: tuple[Any, ...], options: Options, precision: str) -> Pr
     return Problem(
         sizes, q.dtype, q.device, sides_of(q, k, v, options),
         None if mask is None else (0, *_broadcast(mask)), rope, images, options, precision, copies,
+        options.out_scale and 1.0 / options.out_scale,
     )  # fmt: skip
 
 

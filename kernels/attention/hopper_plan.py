@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvit.kernels._backend import Meta
 from fastvit.kernels._device import SHARED_MEMORY, architecture, multiprocessors
-from fastvit.kernels._hopper import answer, hopper_problem, redo
+from fastvit.kernels._hopper import answer, give_up, hopper_problem
 from fastvit.kernels._launch import Box, Prepared, run
 from fastvit.kernels._tuning import TileConfig, cdiv
 
@@ -491,4 +491,4 @@ def prepare_whole(choice: Whole, problem: Problem, k: Meta | None, grad: Meta) -
 
     tile = TileConfig(ROWS, HALF_KEYS, 0, 8, 1, choice.name)
     programs = min(batch * h, multiprocessors(problem.device))
-    return Prepared(attention_backward_kernel, programs, tile, arguments, boxes, redo)
+    return Prepared(attention_backward_kernel, programs, tile, arguments, boxes, give_up)

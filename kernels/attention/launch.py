@@ -26,15 +26,7 @@ from fastvit.kernels._hopper import or_portable, refuse
 from fastvit.kernels._launch import Prepared, accumulator, maker, product_precision, wide_dtype
 from fastvit.kernels._launch import run as run_kernel
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
-from fastvit.kernels.attention.hopper_plan import (
-    backward_variant,
-    hopper_variant,
-    portable_tile,
-    prepare_hopper,
-    prepare_turn,
-    prepare_whole,
-    turned,
-)
+from fastvit.kernels.attention import hopper_plan as hopper
 from fastvit.kernels.attention.reference import rope_pairs, unpack
 
 MIN_PART = 16  # the narrowest matrix product a tensor core takes
@@ -238,21 +230,21 @@ def prepare(*args: Any, keep: bool = False) -> Attention:
     def portable(problem: Problem) -> Prepared:
         from fastvit.kernels.attention.kernel import attention_kernel
 
-        tile = portable_tile(choice)
+        tile = hopper.portable_tile(choice)
         return problem.launch(
             attention_kernel, problem.programs(n, tile.BLOCK_M), tile, (strides, None),
             problem.inverse, problem.form(strides), tile.BLOCK_M, tile.BLOCK_N,
             problem.tail(m, tile.BLOCK_N),
         )  # fmt: skip
 
-    variant = hopper_variant(problem, q, k, v, mask, choice)
+    variant = hopper.hopper_variant(problem, q, k, v, mask, choice)
     if isinstance(variant, str):
         return prepared._replace(launch=portable(problem))
     turn = None
-    if (left := turned(problem, q, v)) is not None:
-        turn = prepare_turn(problem)
+    if (left := hopper.turned(problem, q, v)) is not None:
+        turn = hopper.prepare_turn(problem)
         problem, _, k, _ = left
-    launch = prepare_hopper(variant, problem, k, mask, keep=keep)
+    launch = hopper.prepare_hopper(variant, problem, k, mask, keep=keep)
     launch.spare = lambda error: refuse(error) or portable(problem)
     return prepared._replace(launch=launch, turn=turn)
 
@@ -399,10 +391,7 @@ def _prepare_gradients(
     """Launches that write the `needed` gradients of q, k and v: of all three, else None; of delta
     and dQ; of dK, dV or both, each with which; and whether the tables or cu_seqlens are to be
     copied first."""
-    from fastvit.kernels.attention.kernel_backward import (
-        attention_backward_kv_kernel,
-        attention_backward_q_kernel,
-    )
+    from fastvit.kernels.attention import kernel_backward
 
     problem = problem_of(tensors, options, precision)
     _, _, n, m, d = problem.sizes
@@ -410,12 +399,12 @@ def _prepare_gradients(
     q, k, v = (x and packed(x.dtype, x.shape, x.device) for x in tensors[:3])
     dq, dk, dv = sides_of(q, k, v, options)
     tile = problem.tile("attention_backward", PHASE=QUERIES)
-    variant = backward_variant(problem, tensors, grad, out, needed, tile)
+    variant = hopper.backward_variant(problem, tensors, grad, out, needed, tile)
     if not isinstance(variant, str):
-        return prepare_whole(variant, problem, k, grad), None, [], False
-    tile, form = portable_tile(tile), problem.form(g_side, out_side, dq, dk, dv)
+        return hopper.prepare_whole(variant, problem, k, grad), None, [], False
+    tile, form = hopper.portable_tile(tile), problem.form(g_side, out_side, dq, dk, dv)
     queries = problem.launch(
-        attention_backward_q_kernel, problem.programs(n, tile.BLOCK_M), tile,
+        kernel_backward.attention_backward_q_kernel, problem.programs(n, tile.BLOCK_M), tile,
         (g_side, out_side, None, None, dq),
         form, tile.BLOCK_M, tile.BLOCK_N, problem.tail(m, tile.BLOCK_N),
     )  # fmt: skip
@@ -426,7 +415,7 @@ def _prepare_gradients(
     keys = []
     for pair in pairs:
         launch = problem.launch(
-            attention_backward_kv_kernel, problem.programs(m, tile.BLOCK_N), tile,
+            kernel_backward.attention_backward_kv_kernel, problem.programs(m, tile.BLOCK_N), tile,
             (g_side, None, None, dk, dv),
             form, tile.BLOCK_M, tile.BLOCK_N, problem.tail(n, tile.BLOCK_M),
         )  # fmt: skip

@@ -10,6 +10,7 @@ Legend: M rows, N output features, K input features.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ MAX_STAGES = 12  # all of K = 768
 PINGPONG_TILES = ((128, 128), (64, 128), (64, 64))
 COOP_TILE = (128, 256)
 COOP_BYTES = 4096  # of a row of x, from which a shared tile's long epilogue is worth its few bytes
+PORTABLE_TILE = TileConfig(64, 64, BLOCK_K=32)  # for operands that a table's ``tma`` cannot read
+LARGE_TILE = TileConfig(128, 128, 64, 8, 3)  # in the place of ``cublas`` or of these kernels
 NAMES = ("pingpong", "coop")  # backends that a tuning table may name with a tile
 HALF = (torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
@@ -79,6 +82,22 @@ def hopper_variant(
 def wants_hopper(tile: TileConfig) -> bool:
     """Whether a table asks for Hopper's kernel."""
     return tile.backend in NAMES or tile.backend.startswith("hopper")
+
+
+def portable_tile(
+    tile: TileConfig, x: Meta, weight: Meta, fallback: TileConfig | None = None
+) -> TileConfig:
+    """A table's tile for the portable kernel, as far as the operands allow it; `fallback` instead
+    of ``cublas``."""
+    if tile.backend in NAMES:
+        tile = LARGE_TILE
+    if wants_hopper(tile):
+        tile = replace(tile, backend=tile.backend.removeprefix("hopper").lstrip())
+    if tile.backend == "cublas" and fallback is not None:
+        tile = fallback
+    if tile.backend == "tma" and not (fits_tma(x) and fits_tma(weight)):
+        tile = PORTABLE_TILE
+    return tile
 
 
 def hopper_choice(

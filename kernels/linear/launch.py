@@ -11,7 +11,6 @@ Legend: M rows, N output features, K input features.
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +26,6 @@ from fastvit.kernels.linear import hopper_plan
 from fastvit.kernels.linear.reference import finish_reference, linear_reference
 
 GROUP_M = 8
-PORTABLE_TILE = TileConfig(64, 64, BLOCK_K=32)  # for operands that a table's ``tma`` cannot read
-LARGE_TILE = TileConfig(128, 128, 64, 8, 3)  # in the place of ``cublas`` or of Hopper's kernel
 
 
 class Linear(NamedTuple):
@@ -85,10 +82,10 @@ def prepare(
     variant = hopper_plan.hopper_variant(x, weight, residual, row_scale, dtype, choice, keep=keep)
     if isinstance(variant, hopper_plan.Variant):
         launch = hopper_plan.prepare_hopper(variant, x, weight, residual, activation, keep=keep)
-        spare = portable_tile(choice, x, weight, LARGE_TILE)
+        spare = hopper_plan.portable_tile(choice, x, weight, hopper_plan.LARGE_TILE)
         launch.spare = lambda error: refuse(error) or portable(spare)
         return y._replace(launch=launch)
-    tile = portable_tile(choice, x, weight)
+    tile = hopper_plan.portable_tile(choice, x, weight)
     return y if tile.backend == "cublas" else y._replace(launch=portable(tile))
 
 
@@ -129,26 +126,6 @@ def looked_up(x: Meta, weight: Meta) -> TileConfig:
     """What the tuning table says."""
     n, k = weight.shape
     return lookup("linear", architecture(x.device), x.dtype, M=row_count(x), N=n, K=k)
-
-
-def tile_for(x: Meta, weight: Meta, fallback: TileConfig | None = None) -> TileConfig:
-    """Of the portable kernel, as far as the operands allow it; `fallback` instead of ``cublas``."""
-    return portable_tile(looked_up(x, weight), x, weight, fallback)
-
-
-def portable_tile(
-    tile: TileConfig, x: Meta, weight: Meta, fallback: TileConfig | None = None
-) -> TileConfig:
-    """As `tile_for`, of the table's `tile`."""
-    if tile.backend in hopper_plan.NAMES:
-        tile = LARGE_TILE
-    if hopper_plan.wants_hopper(tile):
-        tile = replace(tile, backend=tile.backend.removeprefix("hopper").lstrip())
-    if tile.backend == "cublas" and fallback is not None:
-        tile = fallback
-    if tile.backend == "tma" and not (_launch.fits_tma(x) and _launch.fits_tma(weight)):
-        tile = PORTABLE_TILE
-    return tile
 
 
 def prepare_product(

@@ -33,6 +33,7 @@ from fastvit.kernels._launch import Prepared, accumulator, product_precision, wi
 from fastvit.kernels._tuning import TileConfig, cdiv, lookup
 from fastvit.kernels.linear import hopper_backward_plan as hopper
 from fastvit.kernels.linear import launch as forward
+from fastvit.kernels.linear.hopper_plan import portable_tile
 
 PASS_TILE = TileConfig(16, 128)  # of `pre_gradient_kernel`
 PASS_ROWS = 256  # rows of one program of it
@@ -169,7 +170,7 @@ def _prepare_hidden(
     from fastvit.kernels._tiles import Matrix
     from fastvit.kernels.linear.kernel import Hidden, through_activation
 
-    tile = forward.tile_for(g, turned)
+    tile = portable_tile(forward.looked_up(g, turned), g, turned)
     if tile.backend == "cublas":
         return None
     # one matrix more to read and one more to write: half the columns at a time
@@ -268,7 +269,7 @@ def _prepare_weight_product(
     choice = hopper.weight_variant(g, x, tile)
     if isinstance(choice, hopper.Pieces):
         return hopper.prepare_weight_product(choice, g, x), 1, 0
-    tile = forward.portable_tile(tile, g, x)
+    tile = portable_tile(tile, g, x)
     if tile.backend == "cublas":
         return None, 1, 0
     rows, cols, depth = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K

@@ -53,7 +53,7 @@ def prepare(
         return (as_rows(x), weight, *map(as_vector, vectors), as_rows(residual))
 
     choice = linear.looked_up(x, weight)
-    tile = linear.portable_tile(choice, x, weight, linear.LARGE_TILE)
+    tile = hopper_plan.portable_tile(choice, x, weight, hopper_plan.LARGE_TILE)
     exact = linear.exact_activation(activation, y.dtype)
     launch = linear.prepare_product(x, weight, tile, operands, finish_fp8, exact, "highest")
     variant = hopper_plan.hopper_variant(x, weight, residual, None, y.dtype, choice)

@@ -24,15 +24,16 @@ from fastvit.kernels import _backend, _device, _hopper, _tuning
 from fastvit.kernels._backend import describe, prepare_and_run
 from fastvit.kernels._tuning import TileConfig
 from fastvit.kernels.attention import hopper_plan
-from fastvit.kernels.attention.hopper_plan import LONG, SHORT, Variant, prepare_hopper, variant_of
-from fastvit.kernels.attention.launch import (
-    Options,
+from fastvit.kernels.attention.hopper_plan import (
+    LONG,
+    SHORT,
+    Variant,
     hopper_variant,
     portable_tile,
-    prepare,
-    problem_of,
-    run,
+    prepare_hopper,
+    variant_of,
 )
+from fastvit.kernels.attention.launch import Options, prepare, problem_of, run
 from fastvit.kernels.linear_fp8.reference import fp8_quantize_reference
 from fastvit.numerics import measure
 

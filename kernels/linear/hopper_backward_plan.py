@@ -45,6 +45,7 @@ PIECE_TILES = ((128, 256), (256, 128))  # of G^T x, [N, K]
 PIECE_STAGES = 4
 LEAST = 6  # steps of a piece
 PIECE_COST = 8  # of its first loads and its store, in steps
+MOST_PIECES = 64  # of a tile; `sum_pieces_kernel` has a load for each, and 256 spill registers
 SUM_ROWS = 8  # of a tile, for each program of `sum_pieces_kernel`
 
 
@@ -259,7 +260,7 @@ def prepare_weight_product(choice: Pieces, g: Meta, x: Meta) -> WeightProduct:
 
     (m, n), k = g.shape, x.shape[1]
     tiles_n, tiles_k, tiles = _grid(choice, n, k)
-    programs = multiprocessors(g.device)
+    programs = min(multiprocessors(g.device), MOST_PIECES * tiles)
     table, rows, starts = _on_device(tiles_n, tiles_k, cdiv(m, BLOCK), programs, g.device)
     constants = rows.shape[1], PIECE_STAGES, REGISTERS, LOAD_REGISTERS
     boxes = (

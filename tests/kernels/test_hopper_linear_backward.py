@@ -521,6 +521,16 @@ def test_which_tiles_are_chosen():
     assert plan.weight_choice(*metas((1, 256), (1, 128))) == (256, 128)
 
 
+@pytest.mark.parametrize(
+    ("size", "most", "programs"), [(64, 64, 64), (192, 64, 128), (768, 8, 132)]
+)
+def test_a_tile_has_so_many_pieces_that_one_program_can_load_them(size, most, programs):
+    g, x = metas((50_432, size), (50_432, size))
+    launches = plan.prepare_weight_product(plan.Pieces(128, 256), g, x)
+    assert launches.product.programs == programs
+    assert launches.total.arguments(*[None] * 4)[7] == most
+
+
 def test_what_they_cannot_take_has_a_reason():
     g, weight, pre = metas((64, 64), (64, 64), (64, 64))
     single = metas((64, 64), dtype=torch.float32)[0]

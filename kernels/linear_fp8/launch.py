@@ -68,12 +68,10 @@ def prepare(
 
 
 @cached
-def prepare_norm(
-    x: Meta, weight: Meta | None, bias: Meta | None, eps: float, out_scale: float, _precision: str
-) -> Output:
-    """A layer norm over `out_scale`."""
-    check_fp8_device("fp8_layer_norm", x.device)
-    return layer_norm.prepare(x, weight, bias, eps, out_scale=out_scale)
+def prepare_norm(*args: Any) -> Output:
+    """Of x, weight, bias, eps and `out_scale`, which the layer norm is over."""
+    check_fp8_device("fp8_layer_norm", args[0].device)
+    return layer_norm.prepare(*args[:4], out_scale=args[4])
 
 
 @cached

@@ -1,5 +1,4 @@
-"""`fp8_linear`, `fp8_layer_norm`, `fp8_attention` and `fp8_quantize`: registration, public
-functions."""
+"""The ops that read or write e4m3: registration, public functions."""
 
 import functools
 from collections.abc import Callable
@@ -139,6 +138,5 @@ def fp8_attention(
 
 
 def fp8_quantize(x: Tensor, *, out_scale: float) -> Tensor:
-    """Any x [..., D] over `out_scale` as e4m3, contiguous; values and errors as of
-    `fp8_layer_norm`."""
+    """x [..., D] over `out_scale` as e4m3, contiguous; values and errors as `fp8_layer_norm`'s."""
     return _fp8_quantize.apply((x,), out_scale)

@@ -3,8 +3,10 @@ tiles, its numerics."""
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
+import fresh
 import gluon_sim as sim
 import numpy as np
 import pytest
@@ -347,3 +349,37 @@ def test_row_statistics():
     assert bands == 1
     for got, want in zip(values[:, :111, 0], bands_of(x.double().view(111, 100), 1), strict=True):
         torch.testing.assert_close(got.double(), want[:, 0], rtol=1e-5, atol=1e-5)
+
+
+ORDER = """
+import json, re, torch
+from fastvit.check import audit, few_tokens
+found = {}
+for spec in few_tokens.SPECS.values():
+    for case in spec.bench_cases:
+        launch = audit.record_launches(spec, case, torch.bfloat16, "sm90")[-1]
+        audit.use_target("sm90")
+        compiled = launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
+        sass, _ = audit._disassemble(compiled.asm["cubin"])
+        opcodes = re.findall(r"/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?U?P\\w+ )?(\\w+)", sass)
+        assert opcodes.count("ACQBULK") == opcodes.count("PREEXIT") == 1
+        at = opcodes.index("ACQBULK")
+        found[case.name] = [[o.count(x) for x in ("UTMALDG", "STG", "ATOMG", "UBLKPF")]
+                            for o in (opcodes[:at], opcodes[at:])]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_machine_code_waits_for_the_launch_ahead():
+    """Before ``griddepcontrol.wait`` weights only are brought, by so many copies, and nothing is
+    written."""
+    found = json.loads(fresh.python("-c", ORDER))
+    before = {name: counts for name, (counts, _) in found.items()}
+    slots = {"ViT-B qkv": 3, "ViT-B proj": 3, "ViT-B fc1": 5, "ViT-B fc2": 5, "ViT-B": 0}
+    assert before == {name: [2 * count, 0, 0, 0] for name, count in slots.items()}
+    for name, (_, after) in found.items():
+        assert after[0] >= slots[name]  # x
+        assert after[1] > 0
+        assert after[3] == (name != "ViT-B")
+    assert [name for name, (_, after) in found.items() if after[2]] == ["ViT-B fc2"]

@@ -172,9 +172,9 @@ def race_of_few_tokens(name: str, batch: int, settings: Settings) -> dict[str, A
     with torch.inference_mode():
         truth, eager = copy.deepcopy(model).double()(images.double()), model(images)
         for mode in latency.MODES:
-            fast = accelerate(copy.deepcopy(model), cuda_graphs=True)
             before = latency.runs
             with mock.patch.dict(os.environ, FASTVIT_LATENCY=mode):
+                fast = accelerate(copy.deepcopy(model), cuda_graphs=True)
                 logits = fast(images)
             row = numerics.measure("logits", logits, truth, eager)
             same = all(torch.equal(logits, fast(images)) for _ in range(20))

@@ -79,11 +79,11 @@ def accelerate(
             ``model(x)``; with a mask, hooks, training, ``torch.compile`` or ``torch.export``,
             and on a CPU, the forward runs as without. Results are new tensors, safe to keep. New
             values of weights show at once, whatever else changes is noticed and captured again.
-            On a Hopper GPU, blocks of a half dtype with up to 800 tokens in a batch are captured on
-            kernels of their own: norms folded into the weights behind them, and programmatic
-            dependent launch. Those are untimed; ``FASTVIT_LATENCY=in-order`` leaves that launch
-            out, ``off`` the kernels. At most 8 graphs a model are kept; any thread and stream may
-            call. Under a `precision` or autocast each replay casts the weights anew: for the least
+            With ``FASTVIT_LATENCY=early`` on a Hopper GPU, blocks of a half dtype with up to 800
+            tokens in a batch are captured on kernels of their own: norms folded into the weights
+            behind them, and programmatic dependent launch, which ``in-order`` leaves out. No GPU
+            has run those yet. At most 8 graphs a model are kept; any thread and stream may call.
+            Under a `precision` or autocast each replay casts the weights anew: for the least
             latency convert the model instead.
         calibration: for ``precision="fp8"``: what `calibrate` gave, the file that it was saved to,
             or images to call `calibrate` with.

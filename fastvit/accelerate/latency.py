@@ -1,13 +1,13 @@
 """A pre-norm block for few tokens on a Hopper GPU, in five launches of which none is a norm's: what
-``accelerate(model, cuda_graphs=True)`` captures there for batch 1 to about 4.
+``accelerate(model, cuda_graphs=True)`` may capture there for batch 1 to about 4.
 
 Norms are folded into the linears behind them (`kernels/linear/hopper_small.py`), whose launches may
 start before the launch ahead of them has ended, and ask for weights that are needed later. A block
 leaves statistics of its result's rows beside it for the next one's norm.
 
-The kernels have not been timed. ``FASTVIT_LATENCY`` says what is captured: ``early`` (the default),
-``in-order`` for the same without programmatic dependent launch, ``off`` for what runs without a
-graph. Where the compiler or a launch refuses, that is captured too, after one warning.
+No GPU has run the kernels yet, so that they have to be asked for: ``FASTVIT_LATENCY`` is ``off``
+(the default: what runs without a graph is captured), ``in-order``, or ``early`` for programmatic
+dependent launch too. Where the compiler or a launch refuses, it is as ``off``, after one warning.
 
 Shape legend: B batch, N tokens, D width.
 """
@@ -44,7 +44,7 @@ from fastvit.kernels.linear.hopper_small_launch import (
 )
 from fastvit.parts import Parts, Rope, Weights, factor, weights_of
 
-MODES = ("early", "in-order", "off")
+MODES = ("off", "in-order", "early")
 STATISTICS = "fastvit_statistics"  # attribute of a block's result: its version, and `Statistics`
 
 _refused: str | None = None  # what a compiler or a launch said
@@ -63,7 +63,7 @@ def mode() -> str:
 def problem(device: torch.device) -> str | None:
     """Why no block on `device` runs in this form, or None if it may."""
     if mode() == "off":
-        return "FASTVIT_LATENCY=off"
+        return "FASTVIT_LATENCY=early asks for them; no GPU has run them yet"
     return _refused or hopper_problem(device)
 
 

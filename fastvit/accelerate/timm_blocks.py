@@ -11,6 +11,7 @@ Shape legend: B batch, N tokens, D width, H heads, d head dimension.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -77,16 +78,30 @@ _LAYERS: dict[str, frozenset[type]] = {
     ),
     "attns": frozenset({nn.ModuleList}), "ffns": frozenset({nn.ModuleList}),
 }  # fmt: skip
+_NO_GATE = () if "gated" in inspect.signature(Attention).parameters else ("gate",)  # older timm
 _MAY_LINEAR = frozenset({nn.Linear, nn.Identity})
 _PLAIN, _EVA = DIFF_ATTENTION | {Attention}, frozenset({EvaAttention, AttentionRope})
 _REL_POS = frozenset({relpos.RelPosAttention})
+
+
+def _none(*names: str) -> dict[str, frozenset[type]]:
+    """Layers that a class does not call, and that are read here of another."""
+    return {name: frozenset() for name in names}
+
+
+_NO_LS = _none("ls1", "ls2")
 _OF: dict[type, dict[str, frozenset[type]]] = {  # by the class that has the layer
     AttentionPoolLatent: {"q": _MAY_LINEAR, "proj": _MAY_LINEAR, "MLP": frozenset({Mlp})},
     Block: {"attn": _PLAIN}, ResPostBlock: {"attn": _PLAIN}, nn.Sequential: {"attn": _PLAIN},
-    EvaBlock: {"attn": _EVA}, EvaBlockPostNorm: {"attn": _EVA},
-    beit.Block: {"attn": frozenset({beit.Attention})},
+    EvaBlock: {"attn": _EVA} | _NO_LS, EvaBlockPostNorm: {"attn": _EVA} | _NO_LS,
+    beit.Block: {"attn": frozenset({beit.Attention})} | _NO_LS,
     relpos.RelPosBlock: {"attn": _REL_POS}, relpos.ResPostRelPosBlock: {"attn": _REL_POS},
-}  # fmt: skip
+    Attention: _none("sub_norm", *_NO_GATE),
+    EvaAttention: _none("sub_norm", *_NO_GATE), AttentionRope: _none("sub_norm", *_NO_GATE),
+    beit.Attention: _none("q_norm", "k_norm", "norm", "gate", "sub_norm"),
+    relpos.RelPosAttention: _none("norm", "gate", "sub_norm"),
+    ParallelScalingBlock: _none("sub_norm"),
+} | {kind: _none("gate") for kind in DIFF_ATTENTION}  # fmt: skip
 _WANTED = {kind: wanted_by(_LAYERS | own) for kind, own in _OF.items()}
 _WANTED_ELSEWHERE = wanted_by(_LAYERS)
 

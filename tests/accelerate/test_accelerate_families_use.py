@@ -181,6 +181,8 @@ CHANGES = [
     (SPLIT, lambda block: setattr(block.mlp, "act", nn.Tanh()), "mlp.act is Tanh"),
     (BEIT, lambda block: setattr(block.attn, "scale", 1.0), None),  # which attention takes
     (BEIT, lambda block: setattr(block.attn, "gate", nn.Linear(2, 2)), "gate is Linear"),
+    (BEIT, lambda block: setattr(block.attn, "q_norm", nn.LayerNorm(2)), "q_norm is LayerNorm"),
+    (ROPE, lambda block: setattr(block.attn, "sub_norm", nn.LayerNorm(2)), "sub_norm is LayerNorm"),
     (RELPOS, lambda block: setattr(block, "norm1", nn.Identity()), "norm1 is Identity"),
     (THINGS, lambda block: setattr(block.attns[1], "ls", nn.Tanh()), "attns.1.ls is Tanh"),
     (DIFF, lambda block: setattr(block.in_proj, "__class__", Mine), "in_proj is Mine"),

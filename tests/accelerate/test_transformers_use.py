@@ -55,7 +55,7 @@ def test_a_hook_on_the_attention_and_maps_at_once():
 REPLACEMENTS = {
     "linear": lambda layer: setattr(layer.mlp, "fc1", Doubled(layer.mlp.fc1)),
     "norm": lambda layer: setattr(layer, "norm1", nn.RMSNorm(32)),
-    "layer_scale": lambda layer: setattr(layer, "layer_scale1", nn.Identity()),
+    "layer_scale": lambda layer: setattr(layer, "layer_scale1", Doubled(layer.layer_scale1)),
     "activation": lambda layer: setattr(layer.mlp, "activation_fn", nn.Tanh()),
     "function": lambda layer: (
         layer.mlp._modules.pop("activation_fn"),

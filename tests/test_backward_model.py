@@ -73,6 +73,7 @@ def test_every_parameter_of_a_timm_model_passes_the_policy(triton_path, autocast
             assert our_error <= numerics.ALLOWED_RATIO * eager_error + rows[0].ulp, rows
 
 
+@pytest.mark.slow
 def test_a_few_steps_have_the_losses_of_the_torch_path(triton_path):
     """Digits-like data: a class is a bright quarter; both paths from the same weights."""
     torch.manual_seed(SEED)
@@ -200,7 +201,7 @@ def test_checkpointing(triton_path, compiled, launched):
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
-@pytest.mark.parametrize("init_values", [None, 0.5])
+@pytest.mark.parametrize("init_values", [pytest.param(None, marks=pytest.mark.slow), 0.5])
 def test_stochastic_depth_drops_what_timm_drops(triton_path, path, init_values):
     """From the same seed, with the same gradients."""
     model = small_vit(drop_path_rate=0.6, init_values=init_values).train()

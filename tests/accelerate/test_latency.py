@@ -61,7 +61,9 @@ def converted(case: Case, dtype: torch.dtype) -> Case:
     return Case(copy.deepcopy(case.model).to(dtype), inputs)
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [BF16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("make", WIDE.values(), ids=WIDE)
 def test_numerics_of_a_model(launches, make, dtype):
     """Within twice the error of the library's own forward, against float64."""

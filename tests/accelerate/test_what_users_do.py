@@ -414,7 +414,7 @@ def test_fsdp_wraps_blocks_and_trains(one_process, name, original):
 # --------------------------------------------------------------------------- tracing and export
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["timm", "timm, eva", "torchvision", "open_clip", "dinov2"])
 def test_jit_trace(path, name, grad):
     case = ALL[name]()
@@ -435,13 +435,14 @@ def test_jit_trace(path, name, grad):
 
 
 EXPORTED = ["timm", "timm, eva", "torchvision", "open_clip", "dinov2", "transformers, clip"]
+QUICK = ("timm", "open_clip")  # with the exporter by Dynamo, which takes seconds a model
 
 
 @pytest.mark.parametrize(
     ("name", "dynamo"),
     # timm's Eva is not for the older exporter
     [
-        (name, dynamo)
+        pytest.param(name, dynamo, marks=[pytest.mark.slow] * (dynamo and name not in QUICK))
         for name in EXPORTED
         for dynamo in (True, False)
         if dynamo or "eva" not in name

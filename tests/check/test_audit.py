@@ -248,7 +248,8 @@ def test_the_command_refuses_what_it_does_not_know():
 def test_the_command_prints_a_table_and_its_verdict():
     printed = fresh.python(
         "-c",
-        "from fastvit.cli.main import app; app(['audit', '--arch', 'sm90', '--op', 'fp8_quantize'])",
+        "from fastvit.cli.main import app\n"
+        "app(['audit', '--arch', 'sm90', '--op', 'fp8_quantize'])",
     )
     assert "sm90, fp8_quantize" in printed
     assert "compiled kernels are sound" in printed

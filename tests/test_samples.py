@@ -76,7 +76,9 @@ def test_dinov2_matches_onnxruntime_on_the_wheels_own_graph(weights, dinov2):
                 assert error[:, part].max() <= 5e-5 * largest, (name, library)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16]
+)
 def test_first_blocks_in_the_interpreter_pass_the_policy(first_blocks, dtype, triton_path):
     images = samples.preprocess(samples.photo("chelsea")).to(dtype)
     with ops.backend("torch"):

@@ -34,7 +34,7 @@ def registered(triton_path, monkeypatch):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_same_bits_as_through_the_dispatcher(registered, spec):
-    for case in spec.cases:
+    for case in sorted(spec.cases, key=lambda case: spec.bytes(case.sizes, 4))[:4]:
         inputs = spec.inputs(case, spec.dtypes[0], seed=SEED)
         straight = spec.op(**inputs)
         assert registered == []

@@ -70,9 +70,10 @@ def _vit(layer: Any) -> Parts:
     )._replace(drop1=dropout, drop2=dropout)  # fmt: skip
 
 
-def _beit(layer: Any) -> Parts:
+def _beit(layer: Any, plain: Callable[[Any], Parts] = _vit) -> Parts:
+    """BEiT's scales and stochastic depth around what `plain` finds."""
     drop_path = drop_or_none(layer.drop_path)
-    return _vit(layer)._replace(
+    return plain(layer)._replace(
         # without LayerScale both factors are the number 1
         scale1=scale_of(layer, "lambda_1"), scale2=scale_of(layer, "lambda_2"),
         drop_path1=drop_path, drop_path2=drop_path,
@@ -122,11 +123,7 @@ def _nested(layer: Any) -> Parts:
 
 
 def _data2vec(layer: Any) -> Parts:
-    drop_path = drop_or_none(layer.drop_path)
-    return _nested(layer)._replace(
-        scale1=scale_of(layer, "lambda_1"), scale2=scale_of(layer, "lambda_2"),
-        drop_path1=drop_path, drop_path2=drop_path,
-    )  # fmt: skip
+    return _beit(layer, _nested)
 
 
 def _aimv2(layer: Any) -> Parts:

@@ -237,8 +237,6 @@ def _takes(parts: Parts, x: Tensor) -> bool:
     if not (
         x.dtype in HALF
         and x.dim() == 3
-        and isinstance(parts.norm1, nn.LayerNorm)
-        and isinstance(parts.norm2, nn.LayerNorm)
         and not torch.is_autocast_enabled(x.device.type)
         and all(tensor.is_contiguous() and not tensor.data_ptr() & 15 for tensor in read)
     ):
